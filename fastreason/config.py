@@ -22,6 +22,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name under `dir`")
     dir: str = Field("runs", description="folder that holds the runs")
+    on_exists: Literal["error", "number"] = Field(
+        "error", description="when the folder exists: an error, or the next free of name-2, name-3, ..."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling and of the order of the prompts")
     timeout_s: float = Field(
         default=600.0, gt=0, description="longest wait of one process of the run for another, seconds"
@@ -354,11 +357,6 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"train.warmup_steps={train.warmup_steps} is more than the {num_updates(config)} updates of the run."
         )
-    if rollout.samples_per_prompt == 1 and config.algorithm.name in ("grpo", "dr_grpo", "rloo"):
-        raise ConfigError(
-            f"rollout.samples_per_prompt=1 with algorithm.name={config.algorithm.name}: a group of one has no "
-            "advantage over its mean. Use at least 2, or algorithm.name=reinforce."
-        )
 
 
 def num_updates(config: Config) -> int:
@@ -378,7 +376,8 @@ def batch_derivation(config: Config) -> list[str]:
     return [
         f"step: {train.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {completions} completions, "
         f"at most {completions * rollout.max_new_tokens} new tokens",
-        f"update: {updates_prompts(config)} prompts = {updates_prompts(config) * rollout.samples_per_prompt} completions, "
+        f"update: {updates_prompts(config)} prompts = "
+        f"{updates_prompts(config) * rollout.samples_per_prompt} completions, "
         f"{train.prompts_per_step // updates_prompts(config)} update(s) a step, {num_updates(config)} in the run",
         f"staleness: at most {rollout.max_staleness} version(s); "
         f"{(rollout.max_staleness + 1) * train.prompts_per_step} prompts admitted before the first update",

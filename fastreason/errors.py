@@ -33,5 +33,9 @@ class StuckError(FastreasonError, TimeoutError):
     """A wait between processes ran past its limit; names who was waited for."""
 
 
+class InterruptedWaitError(FastreasonError):
+    """The run was told to stop while one process waited for another."""
+
+
 class PeerLostError(FastreasonError, ConnectionError):
     """Another process of the run ended or closed its connection."""

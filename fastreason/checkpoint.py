@@ -1,0 +1,102 @@
+"""Checkpoints: written aside, synced, renamed; an incomplete one is never seen. Keeps the newest and the best."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastreason.errors import CheckpointError
+
+STATE_FILE = "trainer.json"
+FORMAT = 1
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint holds beside the updater's own state.
+
+    `version` weights have been published, `num_groups` groups are trained; `producer` brings back the cursor and the
+    prompts that were issued and not trained. `figures` are running totals that the summary reports.
+    """
+
+    step: int
+    version: int
+    num_groups: int
+    score: float
+    producer: dict[str, Any]
+    figures: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+class CheckpointStore:
+    """The folder `checkpoints/` of a run: `step-000012` is complete, `step-000012.writing` is not."""
+
+    def __init__(self, run_dir: Path, keep_last: int, keep_best: bool) -> None:
+        self.folder = run_dir / "checkpoints"
+        self._keep_last, self._keep_best = keep_last, keep_best
+
+    def aside(self, step: int) -> Path:
+        """The folder to write a checkpoint into, empty; `commit` makes it one."""
+        path = self.folder / f"step-{step:06d}.writing"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def commit(self, state: TrainerState) -> Path:
+        """Write the state beside the updater's files, sync everything to disk, rename, and remove what is not kept."""
+        aside = self.folder / f"step-{state.step:06d}.writing"
+        (aside / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        target = self.folder / f"step-{state.step:06d}"
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        _sync(self.folder)
+        self._prune()
+        return target
+
+    def complete(self) -> list[Path]:
+        """All complete checkpoints, oldest first."""
+        found = [p for p in self.folder.glob("step-*") if p.suffix != ".writing" and (p / STATE_FILE).is_file()]
+        return sorted(found)
+
+    def latest(self) -> tuple[Path, TrainerState]:
+        """The newest complete checkpoint; raises CheckpointError where there is none."""
+        found = self.complete()
+        if not found:
+            raise CheckpointError(
+                f"{self.folder.parent}: no complete checkpoint to resume from. Runs save at the end, on Ctrl-C, and "
+                "every checkpoint.every steps."
+            )
+        return found[-1], read_state(found[-1])
+
+    def _prune(self) -> None:
+        found = self.complete()
+        keep = set(found[-self._keep_last :])
+        if self._keep_best:
+            keep.add(max(found, key=lambda path: (read_state(path).score, path.name)))
+        for path in found:
+            if path not in keep:
+                shutil.rmtree(path)
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The trainer's state of a checkpoint; raises CheckpointError where it cannot be read or is of another format."""
+    try:
+        raw = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(f"{folder}: checkpoint format {raw.get('format')}, this version reads {FORMAT}.")
+        return TrainerState(**raw)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the trainer's state cannot be read: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

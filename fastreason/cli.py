@@ -1,0 +1,124 @@
+"""The `fastreason` command. Imports nothing heavy until a subcommand needs it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastreason import __version__
+from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
+
+EPILOG = """\
+examples:
+  fastreason train configs/quickstart.yaml
+  fastreason train configs/quickstart.yaml run.name=try train.lr=1e-5 rollout.max_staleness=0
+  fastreason train configs/quickstart.yaml --dry-run
+  fastreason train --resume runs/try
+  fastreason doctor configs/quickstart.yaml
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastreason",
+        description="Train language models for reasoning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastreason {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model as a config says", description="Train as a config says.")
+    train.add_argument("config", nargs="?", help="YAML file, e.g. configs/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=1e-6")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything that needs no model, print the config, stop"
+    )
+    train.add_argument("--resume", metavar="RUN", help="folder of a run to continue from its newest checkpoint")
+    doctor = commands.add_parser("doctor", help="check this machine, and a config against it")
+    doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    process = commands.add_parser("_process")
+    process.add_argument("name", choices=["producer", "trainer"])
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 failed, 2 bad input, 128 + n stopped by signal n)."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "train":
+            return train_command(options)
+        if options.command == "doctor":
+            return doctor_command(options)
+        from fastreason.compose import run_process
+
+        return run_process(options.name)
+    except (ConfigError, DataError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FastreasonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def train_command(options: argparse.Namespace) -> int:
+    from fastreason.config import batch_derivation, dump_config, load_config
+    from fastreason.launch import check_prompts_offline, launch, make_run_dir, preflight, write_config
+
+    if options.resume:
+        return resume_command(options)
+    if not options.config:
+        raise ConfigError("train: give a config file, e.g. fastreason train configs/quickstart.yaml (or --resume RUN).")
+    config = load_config(options.config, options.overrides)
+    decisions, unchecked = preflight(config)
+    if options.dry_run:
+        print(dump_config(config), end="")
+        notes = [*batch_derivation(config), f"device: {decisions.device}, attention: {decisions.attention}"]
+        notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
+        print("\n".join(f"# {line}" for line in notes))
+        return 0
+    if not unchecked or config.data.source != "hub":
+        check_prompts_offline(config)
+    run_dir = make_run_dir(config)
+    write_config(config, run_dir)
+    print("\n".join(batch_derivation(config)))
+    return launch(config, run_dir, decisions, resume=False)
+
+
+def resume_command(options: argparse.Namespace) -> int:
+    from fastreason.checkpoint import CheckpointStore
+    from fastreason.config import load_config
+    from fastreason.launch import launch, preflight, write_config
+
+    run_dir = Path(options.resume).resolve()
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
+    overrides = [*([options.config] if options.config else []), *options.overrides]
+    config = load_config(run_dir / "config.yaml", overrides)
+    decisions, _ = preflight(config)
+    store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    path, state = store.latest()
+    if state.step >= config.train.steps:
+        raise ConfigError(
+            f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
+            f"{config.train.steps}: it is finished. Pass train.steps=N with a larger N to train on."
+        )
+    write_config(config, run_dir)
+    print(f"resuming from {path.name}: {state.step} of {config.train.steps} steps done")
+    return launch(config, run_dir, decisions, resume=True)
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    from fastreason.config import load_config
+    from fastreason.doctor import exit_code, print_checks, run_doctor
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    checks = run_doctor(config)
+    print_checks(checks)
+    return exit_code(checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

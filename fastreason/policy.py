@@ -1,0 +1,136 @@
+"""The model that is trained: a transformers causal LM whose LM head is replaced by the fused head.
+
+The body gives hidden states; the head goes straight from them to log-probabilities or a summed policy loss, and logits
+never exist whole. Everything that an update computes happens inside `forward`, so that ZeRO-3 can gather the weights
+where they are used.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastreason_kernels import PolicyLossOutput, PolicyLossSpec, linear_logprob, linear_policy_loss
+from torch import Tensor, nn
+
+from fastreason.config import ModelConfig
+from fastreason.errors import ConfigError, ModelError
+from fastreason.packing import MicroBatch
+
+# Heads that scale or cap their logits compute something else than hidden @ weight.T; they are refused, not ignored.
+UNSUPPORTED_HEAD_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class FusedHead(nn.Module):
+    """The LM head as an op: holds the weight (tied or not) and never returns logits."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float) -> Any:
+        if spec is None:
+            return linear_logprob(hidden_ND, self.weight, batch.ids_N, bias=self.bias, temperature=temperature)
+        return linear_policy_loss(
+            hidden_ND,
+            self.weight,
+            batch.ids_N,
+            batch.advantages_N,
+            spec,
+            behaviour_logp=batch.behaviour_logp_N,
+            sampler_logp=batch.sampler_logp_N,
+            token_weight=batch.token_weight_N,
+            sequence_ids=batch.sequence_N,
+            bias=self.bias,
+            temperature=temperature,
+        )
+
+
+class Policy(nn.Module):
+    """`forward(batch, spec, temperature)` gives a PolicyLossOutput; with `spec=None`, (logp, entropy, lse), each [N]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        fused = FusedHead(head.weight, getattr(head, "bias", None))
+        model.set_output_embeddings(fused)
+        self.model = model
+        self.head = fused
+
+    def forward(
+        self, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float
+    ) -> PolicyLossOutput | tuple[Tensor, Tensor, Tensor]:
+        hidden_BLD = self.model.base_model(
+            input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False
+        ).last_hidden_state
+        hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
+        return self.head(hidden_ND, batch, spec, temperature)
+
+
+def choose_attention(wanted: str, device: str, flash_attn_installed: bool) -> str:
+    """auto: flash-attn where it can be imported and the device is a GPU, else sdpa; an explicit wish is met or refused."""
+    if wanted == "auto":
+        return "flash_attention_2" if device == "cuda" and flash_attn_installed else "sdpa"
+    if wanted == "flash_attention_2" and (device != "cuda" or not flash_attn_installed):
+        missing = "the device is not a GPU" if device != "cuda" else "flash-attn is not installed"
+        raise ConfigError(
+            f"model.attn_implementation=flash_attention_2: {missing}. Use auto or sdpa, or install fastreason[flash-attn]."
+        )
+    return wanted
+
+
+def packs_sequences(attention: str) -> bool:
+    """Whether sequences may lie end to end in one row: flash-attn reads from the position ids where each begins."""
+    return attention == "flash_attention_2"
+
+
+def choose_liger(wanted: str, device: str, installed: bool) -> bool:
+    """auto: liger-kernel's RMSNorm, RoPE and SwiGLU on a GPU; they are Triton kernels, so `on` needs one."""
+    if wanted == "on" and (device != "cuda" or not installed):
+        missing = "the device is not a GPU" if device != "cuda" else "liger-kernel is not installed"
+        raise ConfigError(f"model.liger=on: {missing}. Use auto or off.")
+    return wanted != "off" and device == "cuda" and installed
+
+
+def apply_liger(model: Any) -> bool:
+    """Patch a loaded model's norms, rotary embedding and MLPs with liger-kernel's; False where it knows no such model.
+
+    The head and the loss stay ours: both of Liger's fused losses are left out.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if apply is None:
+        return False
+    apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    return True
+
+
+def load_policy(folder: Path, config: ModelConfig, device: str, attention: str, liger: bool) -> Policy:
+    """Load a causal LM from a local folder as a Policy in training mode on `device`.
+
+    Raises ModelError where the folder cannot be loaded or the head computes something that the fused head does not.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        for key in UNSUPPORTED_HEAD_KEYS:
+            if getattr(model_config, key, None) not in (None, 1, 1.0):
+                raise ModelError(f"model.path: {folder} has {key} in its config: such heads are not supported yet.")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model.path: {folder} cannot be loaded by transformers: {error}") from error
+    if liger:
+        apply_liger(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model.to(device)).train()

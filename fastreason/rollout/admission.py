@@ -1,0 +1,84 @@
+"""Which group may be issued, and which groups make the next batch: the rule that bounds staleness before generating.
+
+With staleness bound S, batch size B (groups) and v versions published so far:
+
+    issue while      accepted + running < (S + v + 1) * B
+    a batch first takes, and waits for, the groups issued at a version <= v - S; then any finished ones, oldest first
+
+`accepted` counts the finished groups of the whole run, trained or not; a dropped group leaves it, so that its place can
+be filled again. Pure state: no clock, no I/O.
+"""
+
+from fastreason.types import Group
+
+
+class Admission:
+    """Counts groups by ticket; asserts the staleness bound on every batch that it gives out."""
+
+    def __init__(
+        self, batch_size: int, max_staleness: int, total_groups: int, version: int = 0, trained: int = 0
+    ) -> None:
+        self._batch_size, self._max_staleness, self._total = batch_size, max_staleness, total_groups
+        self.version = version
+        self.num_taken = trained
+        self.num_dropped = 0
+        self.next_ticket = trained
+        self._running: dict[int, int] = {}  # ticket -> version at which it was issued
+        self._finished: dict[int, Group] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_finished(self) -> int:
+        return len(self._finished)
+
+    def may_issue(self) -> bool:
+        accepted = self.num_taken + self.num_finished
+        if accepted + self.num_running >= self._total:
+            return False
+        return accepted + self.num_running < (self._max_staleness + self.version + 1) * self._batch_size
+
+    def issue(self) -> int:
+        """Take the next ticket; the group it names is running from now on."""
+        assert self.may_issue(), "issued a group that the staleness bound does not admit"
+        ticket = self.next_ticket
+        self.next_ticket += 1
+        self._running[ticket] = self.version
+        return ticket
+
+    def issued_at(self, ticket: int) -> int:
+        return self._running[ticket]
+
+    def finish(self, group: Group) -> None:
+        del self._running[group.ticket]
+        self._finished[group.ticket] = group
+
+    def drop(self, ticket: int) -> None:
+        """Forget a running or finished group; its place may be issued again."""
+        if self._running.pop(ticket, None) is None:
+            del self._finished[ticket]
+        self.num_dropped += 1
+
+    def publish(self, version: int) -> None:
+        """The engines hold `version` now."""
+        assert version > self.version, f"version {version} published after {self.version}"
+        self.version = version
+
+    def take_batch(self) -> list[Group] | None:
+        """The next batch, or None while it is not ready."""
+        oldest_allowed = self.version - self._max_staleness
+        if any(issued <= oldest_allowed for issued in self._running.values()):
+            return None
+        due = [t for t, group in self._finished.items() if group.version_issued <= oldest_allowed]
+        rest = sorted(set(self._finished) - set(due))
+        tickets = (sorted(due) + rest)[: self._batch_size]
+        if len(tickets) < self._batch_size:
+            return None
+        batch = [self._finished.pop(ticket) for ticket in sorted(tickets)]
+        for group in batch:
+            staleness = self.version - group.oldest_version
+            assert staleness <= self._max_staleness, f"ticket {group.ticket} is {staleness} versions old"
+        self.num_taken += len(batch)
+        return batch

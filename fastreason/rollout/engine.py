@@ -1,0 +1,41 @@
+"""What the producer asks of a generation engine, whichever it is."""
+
+import hashlib
+from typing import Protocol
+
+from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdate
+
+
+class Engine(Protocol):
+    """Turns token ids into sampled token ids with their log-probabilities; its weights can be replaced while it runs.
+
+    `version` numbers the weights that it samples from: 0 at the start, then the version of the last update loaded.
+    """
+
+    name: str
+    version: int
+
+    async def start(self) -> None:
+        """Return when the engine answers; raises EngineError when it cannot start."""
+
+    async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
+        """Sample `params.n` completions of one prompt; each token is stamped with the version that sampled it."""
+        ...
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probabilities (natural, temperature 1) of `token_ids[1:]`, each given what stands before it."""
+        ...
+
+    async def load_weights(self, update: WeightUpdate) -> LoadReport:
+        """Pause, load, verify, resume; requests in flight go on afterwards with the new weights."""
+        ...
+
+    async def close(self) -> None:
+        """Release what the engine holds; may be called twice."""
+
+
+def sample_seed(seed: int | None, index: int) -> int | None:
+    """A seed for one sample of a request: distinct per sample, and the same on every machine."""
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest(), "big")

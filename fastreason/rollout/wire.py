@@ -1,0 +1,157 @@
+"""Messages between the trainer and the producer: MessagePack over a Unix socket in a folder only this user can enter.
+
+Each message is a length (4 bytes, big endian) and the MessagePack of one tagged struct. The trainer asks, the producer
+answers; a `Failure` may come instead of any answer.
+"""
+
+import asyncio
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from fastreason.errors import InterruptedWaitError, PeerLostError, StuckError
+from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
+
+MAX_MESSAGE_BYTES = 1 << 31
+
+
+class Start(msgspec.Struct, tag=True):
+    """Begin issuing; `version` is that of the engines now, `trained` the groups that earlier runs trained."""
+
+    version: int
+    trained: int
+    state: dict[str, Any] | None = None
+
+
+class NextBatch(msgspec.Struct, tag=True):
+    pass
+
+
+class Publish(msgspec.Struct, tag=True):
+    update: WeightUpdate
+
+
+class Evaluate(msgspec.Struct, tag=True):
+    name: str
+
+
+class SaveState(msgspec.Struct, tag=True):
+    """Ask for the state; `trained` groups are in the trainer's weights, whatever was handed out after them is not."""
+
+    trained: int
+
+
+class Stop(msgspec.Struct, tag=True):
+    pass
+
+
+class Ready(msgspec.Struct, tag=True):
+    engine: str
+    num_train_prompts: int
+    num_eval_prompts: int
+
+
+class Batch(msgspec.Struct, tag=True):
+    groups: list[Group]
+    generate_s: float
+    grade_s: float
+    num_grader_timeouts: int
+    num_long_prompts: int
+
+
+class Published(msgspec.Struct, tag=True):
+    report: LoadReport
+
+
+class Evaluated(msgspec.Struct, tag=True):
+    result: EvalResult
+
+
+class State(msgspec.Struct, tag=True):
+    state: dict[str, Any]
+
+
+class Done(msgspec.Struct, tag=True):
+    pass
+
+
+class Failure(msgspec.Struct, tag=True):
+    message: str
+
+
+Request = Start | NextBatch | Publish | Evaluate | SaveState | Stop
+Answer = Ready | Batch | Published | Evaluated | State | Done | Failure
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_answer_decoder = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Request | Answer) -> bytes:
+    body = _encoder.encode(message)
+    return struct.pack(">I", len(body)) + body
+
+
+async def read_request(reader: asyncio.StreamReader) -> Request | None:
+    """The next request, or None when the trainer has closed the connection."""
+    try:
+        (size,) = struct.unpack(">I", await reader.readexactly(4))
+        return _request_decoder.decode(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        return None
+
+
+class Connection:
+    """The trainer's end: a blocking socket with a limit on every wait."""
+
+    def __init__(self, sock: socket.socket, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self._sock, self._interrupted = sock, interrupted
+
+    def send(self, message: Request) -> None:
+        try:
+            self._sock.sendall(encode(message))
+        except OSError as error:
+            raise PeerLostError(f"the producer closed its connection: {error}") from error
+
+    def receive(self, timeout_s: float, waiting_for: str, interruptible: bool = True) -> Answer:
+        """The next answer.
+
+        Raises StuckError naming what was waited for, PeerLostError if the producer is gone, InterruptedWaitError if the run
+        was told to stop before anything arrived (the connection stays usable).
+        """
+        (size,) = struct.unpack(">I", self._read(4, timeout_s, waiting_for, interruptible))
+        return _answer_decoder.decode(self._read(size, timeout_s, waiting_for, False))
+
+    def _read(self, size: int, timeout_s: float, waiting_for: str, interruptible: bool) -> bytes:
+        self._sock.settimeout(0.5)  # so that a signal to stop is seen within half a second
+        deadline = time.monotonic() + timeout_s
+        chunks: list[bytes] = []
+        missing = size
+        while missing:
+            try:
+                chunk = self._sock.recv(min(missing, 1 << 20))
+            except TimeoutError as error:
+                if interruptible and not chunks and self._interrupted():
+                    raise InterruptedWaitError(f"told to stop while {waiting_for}") from None
+                if time.monotonic() < deadline:
+                    continue
+                raise StuckError(
+                    f"waited {timeout_s:g} s (run.timeout_s) for the producer: {waiting_for}. See logs/producer.log and "
+                    "logs/engine.log in the run's folder; raise run.timeout_s if generation is that slow."
+                ) from error
+            except OSError as error:
+                raise PeerLostError(f"the producer closed its connection while {waiting_for}: {error}") from error
+            if not chunk:
+                raise PeerLostError(
+                    f"the producer ended while {waiting_for}; see logs/producer.log in the run's folder"
+                )
+            chunks.append(chunk)
+            missing -= len(chunk)
+        return b"".join(chunks)
+
+    def close(self) -> None:
+        self._sock.close()

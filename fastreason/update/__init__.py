@@ -1,0 +1,1 @@
+"""Updating weights: the protocol that the loop uses, and DeepSpeed behind it."""

@@ -1,0 +1,164 @@
+"""DeepSpeed behind the Updater protocol: ZeRO 0 to 3, bf16 with fp32 master weights. The only importer of deepspeed.
+
+What was learned on DeepSpeed 0.19:
+
+- on a CPU it would compile a shared-memory op at init; that op is declared incompatible first, gloo does its work;
+- optimizers named in its config compile too, so the optimizer is a torch object;
+- gradient accumulation boundaries are set by hand, because the number of micro-batches varies from update to update.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from fastreason_kernels import PolicyLossOutput, PolicyLossSpec
+from torch import Tensor, nn
+
+from fastreason.config import TrainConfig
+from fastreason.packing import MicroBatch
+from fastreason.update.schedule import learning_rate
+from fastreason.update.updater import UpdateResult
+
+GATHER_BYTES = 512 << 20  # ZeRO-3: weights are gathered in buckets of about this size
+
+
+def initialise_distributed(device: str) -> None:
+    """Join the process group of the launcher (torch's elastic launcher, torchrun, deepspeed, Slurm)."""
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
+
+
+def deepspeed_config(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a run; gradient accumulation and the learning rate are not its business."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": num_ranks,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if train.offload == "cpu" and train.zero_stage:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+class DeepSpeedUpdater:
+    """One DeepSpeed engine around a Policy; `num_updates` is the length of the learning-rate schedule."""
+
+    name = "deepspeed"
+
+    def __init__(self, policy: nn.Module, train: TrainConfig, dtype: str, num_updates: int) -> None:
+        self._train, self._num_updates = train, num_updates
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.num_done = 0
+        device = next(policy.parameters()).device
+        optimizer = torch.optim.AdamW(
+            decay_groups(policy, train.weight_decay),
+            lr=train.lr,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_eps,
+            fused=device.type in ("cpu", "cuda") and train.offload == "none",
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks)
+        )
+        self._device = device
+
+    @torch.no_grad()
+    def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        # In training mode, as in the update that follows: the two must agree to the last bit.
+        return [self.engine(batch.to(self._device), None, temperature)[0] for batch in batches]
+
+    def update(
+        self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
+    ) -> UpdateResult:
+        rate = learning_rate(
+            self._train.lr, self._train.lr_schedule, self.num_done, self._num_updates, self._train.warmup_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outputs: list[PolicyLossOutput] = []
+        total = torch.zeros((), dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            output = self.engine(batch.to(self._device), spec, temperature)
+            # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
+            self.engine.backward(output.loss_sum * (self.num_ranks / denominator))
+            self.engine.step()
+            outputs.append(output)
+            total += output.loss_sum.detach().double().cpu()
+        if self.num_ranks > 1:
+            dist.all_reduce(total)
+        self.num_done += 1
+        norm = self.engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else math.nan
+        return UpdateResult(
+            outputs=outputs, loss=float(total) / denominator, grad_norm=norm, lr=rate, applied=math.isfinite(norm)
+        )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()
+        named = []
+        for name, parameter in self.engine.module.model.named_parameters():
+            # A tied head is the embedding under a second name: absent from a checkpoint, so absent here.
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                named.append((name, parameter))
+        if self._train.zero_stage < 3:
+            if self.rank == 0:
+                for name, parameter in named:
+                    yield name, parameter.detach().cpu()
+            return
+        for bucket in _buckets(named):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                whole = [(name, p.detach().cpu().clone()) for name, p in bucket] if self.rank == 0 else []
+            yield from whole
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(
+            str(folder), tag="state", client_state={"num_done": self.num_done}, save_latest=False
+        )
+
+    def load(self, folder: Path) -> None:
+        path, client_state = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
+        self.num_done = client_state["num_done"]
+
+
+def decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, vectors (norms, biases) do not."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in policy.parameters():
+        # Under ZeRO-3 a partitioned parameter is empty; its true shape is in ds_shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _buckets(named: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Any]]]:
+    bucket: list[tuple[str, Any]] = []
+    size = 0
+    for name, parameter in named:
+        num_bytes = math.prod(getattr(parameter, "ds_shape", parameter.shape)) * parameter.element_size()
+        if bucket and size + num_bytes > GATHER_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += num_bytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,29 @@
+"""The specification of linear_policy_loss: the reference head, then the pure policy function, all by autograd."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastreason_kernels.linear_logprob.reference import linear_logprob_reference
+from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, policy_loss
+
+
+def linear_policy_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    spec: PolicyLossSpec,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    **columns: Tensor | None,
+) -> PolicyLossOutput:
+    """`policy_loss` of the log-probabilities and entropies of `linear_logprob_reference`; `columns` as there.
+
+    Masked tokens may hold any id: they are read as token 0.
+    """
+    safe_ids = ids if mask is None else ids.masked_fill(~mask, 0)
+    logp, entropy, _ = linear_logprob_reference(hidden, weight, safe_ids, bias, temperature)
+    return policy_loss(logp, entropy, advantages, spec, mask=mask, **columns)

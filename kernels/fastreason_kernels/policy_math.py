@@ -1,0 +1,275 @@
+"""The one pure function of `[N]` tensors that holds every policy loss, and the spec that chooses among them.
+
+It owns the arithmetic of ratios, gates, KL estimators, entropy bonus and importance weights. It refuses to know about
+hidden states, heads or chunks: those call it, so that no strategy can drift from another.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+# exp(20) = 4.9e8: large enough to be clipped by any gate, small enough to stay finite in a fp32 sum of squares.
+LOG_RATIO_BOUND = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyLossSpec:
+    """Chooses the loss of one token: gate(ratio, A), plus `kl_coef * kl`, minus `entropy_coef * entropy`.
+
+    ratio       "none": loss -A log pi.  "token": rho = exp(logp - behaviour_logp).  "sequence": rho is the exponential
+                of the sequence's mean log-ratio (GSPO, arXiv 2507.18071), differentiated through that mean.
+    gate        "clip": -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (PPO, arXiv 1707.06347).
+                "cispo": -sg(clip(rho)) A log pi (arXiv 2506.13585).
+                "sapo": -(4 / tau) sigmoid(tau (rho - 1)) A, tau by the sign of A (arXiv 2511.20347).
+    clip_low    distance below 1, clip_high above 1; None leaves that side unclipped. Unused by "sapo".
+    dual_clip   c > 1: for A < 0 the loss is at most -c A (arXiv 1912.09729). None: off.
+    kl          estimator against ref_logp, r = ref_logp - logp: k1 = -r, k2 = r^2 / 2, k3 = e^r - r - 1, differentiated
+                through logp. So, on-policy, k1's gradient is zero in expectation and k2's is the reverse KL's.
+    importance  weight w = exp(behaviour_logp - sampler_logp) on the policy term only (not on KL and entropy);
+                "truncate": min(w, cap), "mask": w where w <= cap, else 0.
+
+    Raises ValueError for a value outside of what is allowed. Left out: GSPO-token (a detached sequence ratio with
+    per-token advantages), sequence-level importance weights, a lower cap on them, importance weights on the KL term.
+    """
+
+    ratio: Literal["none", "token", "sequence"] = "token"
+    gate: Literal["clip", "cispo", "sapo"] = "clip"
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
+    dual_clip: float | None = None
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    importance: Literal["none", "truncate", "mask"] = "none"
+    importance_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for key in ("ratio", "gate", "kl", "importance"):
+            self._require(key, getattr(self, key) in get_args(hints[key]), " | ".join(get_args(hints[key])))
+        for key in ("clip_low", "clip_high"):
+            self._require(key, getattr(self, key) is None or _at_least_zero(getattr(self, key)), "None or >= 0")
+        self._require("dual_clip", self.dual_clip is None or self.dual_clip > 1, "None or > 1")
+        self._require("sapo_tau_pos", self.sapo_tau_pos > 0, "> 0")
+        self._require("sapo_tau_neg", self.sapo_tau_neg > 0, "> 0")
+        self._require("kl_coef", math.isfinite(self.kl_coef), "a finite number")
+        self._require("entropy_coef", math.isfinite(self.entropy_coef), "a finite number")
+        self._require("importance_cap", self.importance_cap > 0, "> 0")
+        self._require("gate", self.ratio != "none" or self.gate == "clip", "clip when ratio is 'none'")
+        if self.dual_clip is not None:
+            self._require("dual_clip", self.ratio != "none", "None when ratio is 'none'")
+            self._require("dual_clip", self.gate == "clip", "None unless gate is 'clip'")
+        self._require("kl", self.kl != "none" or self.kl_coef == 0, f"k1 | k2 | k3 when kl_coef is {self.kl_coef}")
+
+    def _require(self, key: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"PolicyLossSpec.{key}: got {getattr(self, key)!r}, allowed: {allowed}")
+
+    @property
+    def acts_at_zero_advantage(self) -> bool:
+        """Whether a token whose advantage is 0 can still have a gradient (KL, entropy, a sequence's shared ratio)."""
+        return self.kl_coef != 0 or self.entropy_coef != 0 or self.ratio == "sequence"
+
+
+@dataclass(frozen=True)
+class PolicyLossOutput:
+    """What a policy loss returns: the differentiable sum, and detached values of each token.
+
+    loss_sum: [] fp32, a sum over tokens (never a mean), connected to the graph even when nothing is active.
+    logp, entropy (nats), kl (the spec's estimator, unweighted; 0 without one), ratio: [N] fp32, NaN where not computed.
+    clipped: [N] bool, the gate changed this token's ratio. computed: [N] bool, False for masked and skipped tokens.
+    """
+
+    loss_sum: Tensor
+    logp: Tensor
+    entropy: Tensor
+    kl: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    computed: Tensor
+
+
+def policy_loss(
+    logp: Tensor,
+    entropy: Tensor | None,
+    advantages: Tensor,
+    spec: PolicyLossSpec,
+    *,
+    behaviour_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Sums the policy loss that `spec` describes over tokens whose log-probabilities are already known.
+
+        loss_sum = sum_t token_weight_t * (w_t * gate(ratio_t, A_t) + kl_coef * kl_t - entropy_coef * entropy_t)
+
+    logp, entropy (may be None without an entropy term): [N] nats, any float dtype, differentiated.
+    advantages, behaviour_logp (ratio's denominator; None: the detached logp, ratio exactly 1), ref_logp, sampler_logp,
+    token_weight: [N] float, not differentiated. mask: [N] bool, False contributes nothing, whatever stands there (NaN).
+    sequence_ids: [N] int64, for ratio="sequence": tokens with one id are one sequence, its mean over unmasked tokens.
+
+    Raises ValueError for a missing or misshapen tensor. Log-ratios are clamped to +-20 before the exponential, and have
+    no gradient there.
+    """
+    columns: dict[str, Any] = {
+        "advantages": advantages,
+        "behaviour_logp": behaviour_logp,
+        "ref_logp": ref_logp,
+        "sampler_logp": sampler_logp,
+        "token_weight": token_weight,
+        "mask": mask,
+        "sequence_ids": sequence_ids,
+    }
+    check_columns(spec, logp.shape[0], columns)
+    if entropy is None and spec.entropy_coef != 0:
+        raise ValueError(f"entropy: None, but entropy_coef is {spec.entropy_coef}; pass entropy [N]")
+    return evaluate(logp, entropy, spec, **columns)
+
+
+def check_columns(spec: PolicyLossSpec, num_tokens: int, columns: dict[str, Any]) -> None:
+    """Raises ValueError when a column that `spec` needs is missing, or one has the wrong shape or kind."""
+    needed = {
+        "advantages": True,
+        "ref_logp": spec.kl != "none",
+        "sampler_logp": spec.importance != "none",
+        "sequence_ids": spec.ratio == "sequence",
+    }
+    for name, value in columns.items():
+        if value is None:
+            if needed.get(name, False):
+                raise ValueError(f"{name}: None, but the spec needs it ({spec}); pass a tensor [N]")
+            continue
+        if value.shape != (num_tokens,):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}, allowed: [N] = [{num_tokens}]")
+        kind = {"mask": "bool", "sequence_ids": "integer"}.get(name, "float")
+        actual = "bool" if value.dtype == torch.bool else "float" if value.is_floating_point() else "integer"
+        if actual != kind:
+            raise ValueError(f"{name}: dtype {value.dtype}, allowed: a {kind} tensor")
+
+
+def evaluate(
+    logp: Tensor,
+    entropy: Tensor | None,
+    spec: PolicyLossSpec,
+    *,
+    advantages: Tensor,
+    behaviour_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> PolicyLossOutput:
+    """`policy_loss` without its checks, for callers that checked once and come once per chunk."""
+    if mask is not None:
+        # Every term of a blanked token is 0. Masking the loss instead would multiply a masked NaN by 0 in backward.
+        logp, advantages = logp.masked_fill(~mask, 0.0), advantages.masked_fill(~mask, 0.0)
+        entropy, behaviour_logp, ref_logp, sampler_logp, token_weight = (
+            None if x is None else x.masked_fill(~mask, 0.0)
+            for x in (entropy, behaviour_logp, ref_logp, sampler_logp, token_weight)
+        )
+    ratio = _ratio(logp, behaviour_logp, sequence_ids, mask, spec)
+    loss, clipped = _gate(logp, ratio, advantages, spec)
+    if spec.importance != "none":
+        assert sampler_logp is not None
+        loss = loss * _importance_weight(logp if behaviour_logp is None else behaviour_logp, sampler_logp, spec)
+    kl = _kl(logp, ref_logp, spec)
+    if spec.kl_coef != 0:
+        loss = loss + spec.kl_coef * kl
+    if spec.entropy_coef != 0:
+        assert entropy is not None
+        loss = loss - spec.entropy_coef * entropy
+    if token_weight is not None:
+        loss = loss * token_weight
+
+    def report(x: Tensor | None) -> Tensor:
+        if x is None:
+            return torch.full_like(logp, math.nan)
+        return x.detach() if mask is None else x.detach().masked_fill(~mask, math.nan)
+
+    return PolicyLossOutput(
+        loss_sum=loss.sum(),
+        logp=report(logp),
+        entropy=report(entropy),
+        kl=report(kl),
+        ratio=report(ratio),
+        clipped=clipped,
+        computed=torch.ones_like(clipped) if mask is None else mask,
+    )
+
+
+def _ratio(
+    logp: Tensor, behaviour_logp: Tensor | None, sequence_ids: Tensor | None, mask: Tensor | None, spec: PolicyLossSpec
+) -> Tensor:
+    if spec.ratio == "none":
+        return torch.ones_like(logp)
+    log_ratio = logp - (logp.detach() if behaviour_logp is None else behaviour_logp)
+    if spec.ratio == "sequence":
+        assert sequence_ids is not None
+        log_ratio = _sequence_mean(log_ratio, sequence_ids, mask)
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def _sequence_mean(values: Tensor, sequence_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[N] -> [N]: each token gets the mean over the unmasked tokens of its sequence; masked values must be 0."""
+    unique_ids, index = torch.unique(sequence_ids, return_inverse=True)
+    counts = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+    zeros = torch.zeros(unique_ids.shape[0], dtype=values.dtype, device=values.device)
+    lengths = zeros.index_add(0, index, counts).clamp(min=1)
+    return (zeros.index_add(0, index, values) / lengths)[index]
+
+
+def _gate(logp: Tensor, ratio: Tensor, advantages: Tensor, spec: PolicyLossSpec) -> tuple[Tensor, Tensor]:
+    """([N] loss, [N] bool clipped) of the policy term."""
+    unclipped = torch.zeros_like(advantages, dtype=torch.bool)
+    if spec.ratio == "none":
+        return -advantages * logp, unclipped
+    if spec.gate == "sapo":
+        tau = torch.where(advantages > 0, spec.sapo_tau_pos, spec.sapo_tau_neg).to(ratio.dtype)
+        return -torch.sigmoid(tau * (ratio - 1)) * (4 / tau) * advantages, unclipped
+    low = -math.inf if spec.clip_low is None else 1 - spec.clip_low
+    high = math.inf if spec.clip_high is None else 1 + spec.clip_high
+    if spec.gate == "cispo":
+        bounded = ratio.detach().clamp(low, high)
+        loss = -bounded * advantages * logp
+    else:
+        # min(rho A, clip(rho) A) = A min(rho, high) for A > 0, A max(rho, low) for A < 0; dual_clip bounds the latter.
+        dual = math.inf if spec.dual_clip is None else spec.dual_clip
+        bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(low, dual))
+        loss = -bounded * advantages
+    return loss, (bounded != ratio) & (advantages != 0)
+
+
+def _importance_weight(trainer_logp: Tensor, sampler_logp: Tensor, spec: PolicyLossSpec) -> Tensor:
+    weight = (trainer_logp.detach() - sampler_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    if spec.importance == "truncate":
+        return weight.clamp(max=spec.importance_cap)
+    return weight.masked_fill(weight > spec.importance_cap, 0.0)
+
+
+def _kl(logp: Tensor, ref_logp: Tensor | None, spec: PolicyLossSpec) -> Tensor:
+    if spec.kl == "none":
+        return torch.zeros_like(logp)
+    assert ref_logp is not None
+    r = ref_logp - logp
+    if spec.kl == "k1":
+        return -r
+    if spec.kl == "k2":
+        return r.square() / 2
+    # Only the upper side overflows. Bounding all of r, not just the exponent, keeps the gradient's sign right there.
+    r = r.clamp(max=LOG_RATIO_BOUND)
+    return torch.expm1(r) - r
+
+
+def _at_least_zero(value: float) -> bool:
+    return value >= 0

@@ -1,0 +1,278 @@
+"""policy_loss: hand-computed scalars, equivalences, masks, and what each KL estimator's gradient is."""
+
+import math
+
+import pytest
+import torch
+from fastreason_kernels import PolicyLossSpec, policy_loss
+
+F64 = torch.float64
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def one_token(spec: PolicyLossSpec, *, logp=-1.0, advantage=1.0, entropy=2.0, **columns: float):
+    """(loss, d loss / d logp, d loss / d entropy, output) of a single token."""
+    leaf, entropy_leaf = column(logp).requires_grad_(), column(entropy).requires_grad_()
+    given = {name: column(value) for name, value in columns.items()}
+    out = policy_loss(leaf, entropy_leaf, column(advantage), spec, **given)
+    grads = torch.autograd.grad(out.loss_sum, (leaf, entropy_leaf), allow_unused=True)
+    g_logp, g_entropy = (0.0 if g is None else float(g) for g in grads)
+    return float(out.loss_sum.detach()), g_logp, g_entropy, out
+
+
+# ratio, advantage -> loss, d loss / d logp, clipped; clip_low 0.2, clip_high 0.28, dual clip at 3.
+CLIP_CASES = [
+    (1.0, 2.0, -2.0, -2.0, False),
+    (1.2, 2.0, -2.4, -2.4, False),
+    (1.5, 2.0, -2.56, 0.0, True),
+    (0.5, 2.0, -1.0, -1.0, False),
+    (1.0, -2.0, 2.0, 2.0, False),
+    (1.5, -2.0, 3.0, 3.0, False),
+    (0.9, -2.0, 1.8, 1.8, False),
+    (0.5, -2.0, 1.6, 0.0, True),
+    (4.0, -2.0, 6.0, 0.0, True),
+    (4.0, 2.0, -2.56, 0.0, True),
+    (4.0, 0.0, 0.0, 0.0, False),
+]
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "loss", "gradient", "clipped"), CLIP_CASES)
+def test_ppo_clip_by_hand(ratio, advantage, loss, gradient, clipped):
+    spec = PolicyLossSpec(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    value, g_logp, _, out = one_token(spec, advantage=advantage, behaviour_logp=-1.0 - math.log(ratio))
+    assert value == pytest.approx(loss, abs=1e-12) and g_logp == pytest.approx(gradient, abs=1e-12)
+    assert bool(out.clipped) is clipped and float(out.ratio) == pytest.approx(ratio)
+
+
+def test_without_dual_clip_a_negative_token_is_unbounded():
+    value, g_logp, _, out = one_token(PolicyLossSpec(), advantage=-2.0, behaviour_logp=-1.0 - math.log(4))
+    assert (value, g_logp, bool(out.clipped)) == (pytest.approx(8.0), pytest.approx(8.0), False)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ratio", "advantage", "bounded"), [(None, 0.2, 0.1, -1.0, 0.1), (0.2, None, 9.0, 1.0, 9.0)]
+)
+def test_a_side_without_bound(low, high, ratio, advantage, bounded):
+    spec = PolicyLossSpec(clip_low=low, clip_high=high)
+    value, g_logp, _, out = one_token(spec, advantage=advantage, behaviour_logp=-1.0 - math.log(ratio))
+    assert value == pytest.approx(-bounded * advantage) and g_logp == pytest.approx(-ratio * advantage)
+    assert not bool(out.clipped)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight", "clipped"),
+    [(1.1, 2.0, 1.1, False), (5.0, 2.0, 1.2, True), (5.0, -2.0, 1.2, True), (0.1, -2.0, 0.8, True)],
+)
+def test_cispo_by_hand(ratio, advantage, weight, clipped):
+    """The weight is truncated but the gradient goes on: -weight * A / d logp, at loss -weight * A * logp."""
+    spec = PolicyLossSpec(gate="cispo")
+    value, g_logp, _, out = one_token(spec, advantage=advantage, behaviour_logp=-1.0 - math.log(ratio))
+    assert value == pytest.approx(weight * advantage) and g_logp == pytest.approx(-weight * advantage)
+    assert bool(out.clipped) is clipped
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.0), (-2.0, 1.05)])
+def test_sapo_by_hand(advantage, tau):
+    ratio = 1.5
+    gate = 1 / (1 + math.exp(-tau * 0.5))
+    value, g_logp, _, out = one_token(
+        PolicyLossSpec(gate="sapo"), advantage=advantage, behaviour_logp=-1.0 - math.log(ratio)
+    )
+    assert value == pytest.approx(-4 / tau * gate * advantage)
+    assert g_logp == pytest.approx(-4 * gate * (1 - gate) * ratio * advantage)
+    assert not bool(out.clipped)
+    # On-policy the gate's slope is 1: the plain policy gradient.
+    assert one_token(PolicyLossSpec(gate="sapo"), advantage=advantage)[1] == pytest.approx(-advantage)
+
+
+@pytest.mark.parametrize(
+    ("kl", "value", "gradient"),
+    [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", math.exp(-0.5) + 0.5 - 1, 1 - math.exp(-0.5))],
+)
+def test_kl_by_hand(kl, value, gradient):
+    """logp = -1, ref_logp = -1.5, so r = ref - logp = -0.5."""
+    loss, g_logp, _, out = one_token(PolicyLossSpec(kl=kl, kl_coef=0.1), advantage=0.0, ref_logp=-1.5)
+    assert float(out.kl) == pytest.approx(value)
+    assert loss == pytest.approx(0.1 * value) and g_logp == pytest.approx(0.1 * gradient)
+
+
+def test_kl_is_reported_without_being_optimised():
+    loss, g_logp, _, out = one_token(PolicyLossSpec(kl="k2"), advantage=0.0, ref_logp=-1.5)
+    assert (loss, g_logp, float(out.kl)) == (0.0, 0.0, 0.125)
+
+
+def test_entropy_bonus_by_hand():
+    loss, g_logp, g_entropy, out = one_token(PolicyLossSpec(ratio="none", entropy_coef=0.01), logp=-3.0, advantage=2.0)
+    assert (loss, g_logp, g_entropy) == (pytest.approx(6.0 - 0.02), -2.0, pytest.approx(-0.01))
+    assert float(out.entropy) == 2.0
+
+
+@pytest.mark.parametrize(("importance", "weight"), [("truncate", 2.0), ("mask", 0.0)])
+def test_importance_weight_bounds_the_policy_term_only(importance, weight):
+    spec = PolicyLossSpec(
+        importance=importance, importance_cap=2.0, kl="k2", kl_coef=1.0, entropy_coef=1.0, clip_high=None
+    )
+    # exp(behaviour - sampler) = 3 is over the cap; the ratio's denominator is the behaviour.
+    columns = {"behaviour_logp": -1.5, "sampler_logp": -1.5 - math.log(3), "ref_logp": -3.0}
+    loss, g_logp, g_entropy, _ = one_token(spec, **columns)
+    rho = math.exp(0.5)
+    assert loss == pytest.approx(-weight * rho + 2.0 - 2.0)
+    assert g_logp == pytest.approx(-weight * rho + 2.0) and g_entropy == -1.0
+    # Under the cap both leave the weight as it is.
+    loss, g_logp, _, _ = one_token(spec, **{**columns, "sampler_logp": -1.5 - math.log(1.5)})
+    assert loss == pytest.approx(-1.5 * rho) and g_logp == pytest.approx(-1.5 * rho + 2.0)
+
+
+def test_importance_weight_without_behaviour_uses_the_detached_logp():
+    spec = PolicyLossSpec(importance="truncate", importance_cap=5.0)
+    loss, g_logp, _, _ = one_token(spec, logp=-1.0, advantage=2.0, sampler_logp=-1.0 - math.log(1.5))
+    assert loss == pytest.approx(-3.0) and g_logp == pytest.approx(-3.0)
+
+
+def test_sequence_ratio_by_hand():
+    """GSPO: two sequences, interleaved; the masked token counts for neither mean nor sum."""
+    logp = column(-1.0, -2.0, -1.5, -9.0, -2.5).requires_grad_()
+    behaviour = column(-1.1, -1.0, -1.9, 0.0, -2.0)
+    ids = torch.tensor([7, 3, 7, 7, 3])
+    mask = torch.tensor([True, True, True, False, True])
+    weight, advantages = column(0.5, 0.5, 0.5, 0.5, 0.5), column(1.0, -1.0, 1.0, 1.0, -1.0)
+    spec = PolicyLossSpec(ratio="sequence", clip_low=None, clip_high=None)
+    out = policy_loss(
+        logp, None, advantages, spec, behaviour_logp=behaviour, sequence_ids=ids, mask=mask, token_weight=weight
+    )
+    first, second = math.exp((0.1 + 0.4) / 2), math.exp((-1.0 - 0.5) / 2)
+    assert float(out.loss_sum.detach()) == pytest.approx(-first + second)
+    torch.testing.assert_close(out.ratio, column(first, second, first, math.nan, second), equal_nan=True)
+    out.loss_sum.backward()
+    # Each of the two tokens of a sequence carries half of its gradient.
+    torch.testing.assert_close(logp.grad, column(-first / 2, second / 2, -first / 2, 0.0, second / 2))
+
+
+def test_sequence_clip_is_for_the_whole_sequence():
+    logp = column(-1.0, -1.0, -1.0).requires_grad_()
+    spec = PolicyLossSpec(ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+    behaviour, ids = column(-1.01, -1.0, -1.0001), torch.tensor([0, 0, 1])
+    out = policy_loss(logp, None, column(1.0, 1.0, 1.0), spec, behaviour_logp=behaviour, sequence_ids=ids)
+    assert out.clipped.tolist() == [True, True, False]
+    out.loss_sum.backward()
+    assert logp.grad[:2].tolist() == [0.0, 0.0] and float(logp.grad[2]) < -0.99
+
+
+@pytest.mark.parametrize("gate", ["clip", "cispo"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_on_policy_every_gate_is_the_policy_gradient(gate, ratio):
+    logp = torch.linspace(-4, -0.1, 6, dtype=F64).requires_grad_()
+    # With one advantage per sequence: otherwise a sequence ratio shares their mean.
+    advantages = column(1.0, 1.0, -2.0, -2.0, 0.5, 0.5)
+    ids = torch.tensor([0, 0, 1, 1, 2, 2])
+    out = policy_loss(logp, None, advantages, PolicyLossSpec(ratio=ratio, gate=gate), sequence_ids=ids)
+    assert out.ratio.tolist() == [1.0] * 6 and not out.clipped.any()
+    (gradient,) = torch.autograd.grad(out.loss_sum, logp)
+    torch.testing.assert_close(gradient, -advantages)
+
+
+def test_without_ratio_it_is_weighted_likelihood():
+    logp = torch.linspace(-4, -0.1, 6, dtype=F64).requires_grad_()
+    advantages, weight = torch.linspace(-1, 1, 6, dtype=F64), torch.linspace(0, 3, 6, dtype=F64)
+    out = policy_loss(logp, None, advantages, PolicyLossSpec(ratio="none"), token_weight=weight)
+    assert float(out.loss_sum.detach()) == pytest.approx(float((-advantages * weight * logp).sum().detach()))
+
+
+def test_masked_tokens_may_hold_anything():
+    spec = PolicyLossSpec(kl="k3", kl_coef=0.1, entropy_coef=0.1, importance="truncate")
+    junk = column(-1.0, math.nan, math.inf)
+    mask = torch.tensor([True, False, False])
+    leaves = [junk.clone().requires_grad_() for _ in range(2)]
+    others = {name: junk for name in ("behaviour_logp", "ref_logp", "sampler_logp", "token_weight")}
+    out = policy_loss(*leaves, junk, spec, mask=mask, **others)
+    out.loss_sum.backward()
+    alone = policy_loss(*(x.detach()[:1] for x in (*leaves, junk)), spec, **{k: v[:1] for k, v in others.items()})
+    assert float(out.loss_sum.detach()) == pytest.approx(float(alone.loss_sum))
+    for leaf in leaves:
+        assert leaf.grad[1:].tolist() == [0.0, 0.0] and float(leaf.grad[0]) != 0
+    assert out.computed.tolist() == [True, False, False]
+    assert out.logp.isnan().tolist() == out.ratio.isnan().tolist() == [False, True, True]
+
+
+def test_empty_mask_is_a_connected_zero():
+    logp = column(-1.0, -2.0).requires_grad_()
+    out = policy_loss(logp, None, column(1.0, 1.0), PolicyLossSpec(), mask=torch.zeros(2, dtype=torch.bool))
+    out.loss_sum.backward()
+    assert float(out.loss_sum.detach()) == 0.0 and logp.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("gap", [90.0, -90.0])
+@pytest.mark.parametrize("gate", ["clip", "cispo", "sapo"])
+def test_huge_log_ratios_stay_finite(gate, gap):
+    spec = PolicyLossSpec(gate=gate, kl="k3", kl_coef=0.1, importance="truncate")
+    leaf = torch.tensor([-100.0]).requires_grad_()
+    other = torch.tensor([-100.0 + gap])
+    out = policy_loss(leaf, None, torch.tensor([-1.0]), spec, behaviour_logp=other, ref_logp=other, sampler_logp=other)
+    out.loss_sum.backward()
+    assert bool(out.loss_sum.isfinite()) and bool(leaf.grad.isfinite().all())
+
+
+def test_gradient_of_each_kl_estimator_in_expectation():
+    """On-policy on a categorical: E grad k1 = 0, E grad k2 = grad KL(pi || ref), E grad k3 = grad KL(ref || pi)."""
+    logits = column(0.3, -1.0, 0.8, 0.1, -0.4).requires_grad_()
+    ref = torch.log_softmax(column(-0.5, 0.7, 0.2, 0.0, 1.0), 0)
+
+    def expected_gradient(kl):
+        logp = torch.log_softmax(logits, 0)
+        spec = PolicyLossSpec(ratio="none", kl=kl, kl_coef=1.0)
+        # Every token once, weighted with its probability: the expectation over samples, exactly.
+        out = policy_loss(logp, None, torch.zeros(5), spec, ref_logp=ref, token_weight=logp.detach().exp())
+        return torch.autograd.grad(out.loss_sum, logits)[0]
+
+    logp = torch.log_softmax(logits, 0)
+    (reverse,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits)
+    torch.testing.assert_close(expected_gradient("k1"), torch.zeros(5, dtype=F64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(expected_gradient("k2"), reverse)
+    torch.testing.assert_close(expected_gradient("k3"), forward)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ratio": "seq"}, r"PolicyLossSpec.ratio: got 'seq', allowed: none \| token \| sequence"),
+        ({"gate": "ppo"}, r"PolicyLossSpec.gate: got 'ppo', allowed: clip \| cispo \| sapo"),
+        ({"kl": "k4"}, "PolicyLossSpec.kl: got 'k4'"),
+        ({"importance": "clip"}, "PolicyLossSpec.importance: got 'clip'"),
+        ({"clip_low": -0.1}, "PolicyLossSpec.clip_low: got -0.1"),
+        ({"clip_high": -0.1}, "PolicyLossSpec.clip_high: got -0.1"),
+        ({"dual_clip": 1.0}, "PolicyLossSpec.dual_clip: got 1.0"),
+        ({"dual_clip": 3.0, "gate": "cispo"}, "PolicyLossSpec.dual_clip: got 3.0, allowed: None unless"),
+        ({"dual_clip": 3.0, "ratio": "none"}, "PolicyLossSpec.dual_clip: got 3.0, allowed: None when"),
+        ({"ratio": "none", "gate": "sapo"}, "PolicyLossSpec.gate: got 'sapo'"),
+        ({"kl_coef": 0.1}, "PolicyLossSpec.kl: got 'none'"),
+        ({"kl_coef": math.nan, "kl": "k1"}, "PolicyLossSpec.kl_coef"),
+        ({"entropy_coef": math.inf}, "PolicyLossSpec.entropy_coef"),
+        ({"sapo_tau_pos": 0.0}, "PolicyLossSpec.sapo_tau_pos"),
+        ({"sapo_tau_neg": -1.0}, "PolicyLossSpec.sapo_tau_neg"),
+        ({"importance_cap": 0.0}, "PolicyLossSpec.importance_cap"),
+    ],
+)
+def test_spec_names_what_is_wrong(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyLossSpec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "message"),
+    [
+        (PolicyLossSpec(kl="k3"), {}, "ref_logp: None"),
+        (PolicyLossSpec(importance="mask"), {}, "sampler_logp: None"),
+        (PolicyLossSpec(ratio="sequence"), {}, "sequence_ids: None"),
+        (PolicyLossSpec(entropy_coef=0.1), {}, "entropy: None"),
+        (PolicyLossSpec(), {"mask": torch.ones(3)}, "mask: dtype torch.float32, allowed: a bool"),
+        (PolicyLossSpec(), {"token_weight": torch.ones(3, dtype=torch.int64)}, "token_weight: dtype"),
+        (PolicyLossSpec(), {"behaviour_logp": torch.ones(3, 1)}, "behaviour_logp: shape"),
+    ],
+)
+def test_columns_are_checked(spec, columns, message):
+    with pytest.raises(ValueError, match=message):
+        policy_loss(torch.zeros(3), None, torch.ones(3), spec, **columns)
