@@ -40,6 +40,11 @@ class ResolvedAlgorithm:
     aggregation: Aggregation
     ratio_against: Literal["sampler", "trainer"]
 
+    @property
+    def zero_advantage_is_zero_gradient(self) -> bool:
+        """Whether a token of advantage zero has no other term that would move the policy."""
+        return not self.spec.entropy_coef and (self.spec.kl == "none" or not self.spec.kl_coef)
+
 
 ALGORITHMS: dict[str, Algorithm] = {
     "grpo": Algorithm(advantage="grpo", loss="clip", paper="arXiv 2402.03300", min_group=2),

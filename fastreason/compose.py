@@ -121,7 +121,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.checkpoint import CheckpointStore
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
-    from fastreason.policy import load_policy, packs_sequences
+    from fastreason.policy import choose_layout, load_policy
     from fastreason.ranks import Ranks
     from fastreason.rollout.client import ProducerClient
     from fastreason.sync import Publisher, save_model
@@ -148,7 +148,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         publisher=Publisher(Path(session.exchange_dir), dtype),
         checkpoints=store,
         run_dir=run_dir,
-        packed=packs_sequences(session.attention),
+        layout=choose_layout(config.train.share_prompts, session.attention, session.device),
         pad_token_id=policy.model.config.pad_token_id or 0,
         stop_requested=stop,
         resume_from=resume_from,

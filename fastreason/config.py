@@ -173,6 +173,13 @@ class TrainConfig(Section):
     micro_batch_tokens: int = Field(
         8192, ge=1, description="tokens (padding included) per forward and backward, per rank"
     )
+    share_prompts: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute a prompt once for all of its group's samples; auto: on a CPU"
+    )
+    skip_zero_advantage: bool = Field(
+        True,
+        description="leave out sequences whose every gradient coefficient is zero; the loss stays exactly the same",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
     ranks: int = Field(1, ge=1, description="trainer processes on this machine")

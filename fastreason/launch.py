@@ -46,7 +46,7 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     from fastreason.cores import require_cores
     from fastreason.data import check_data
     from fastreason.models import check_model
-    from fastreason.policy import choose_attention, choose_liger
+    from fastreason.policy import choose_attention, choose_layout, choose_liger
     from fastreason.rewards import resolve_rewards
 
     device = choose_device(config.train.device)
@@ -62,6 +62,7 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
         attention=choose_attention(config.model.attn_implementation, device, flash),
         liger=choose_liger(config.model.liger, device, liger),
     )
+    choose_layout(config.train.share_prompts, decisions.attention, device)
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "

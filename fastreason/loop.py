@@ -22,7 +22,18 @@ from fastreason.config import Config, updates_prompts
 from fastreason.errors import InterruptedWaitError
 from fastreason.figures import TokenTotals, rollout_figures
 from fastreason.metrics import MetricsLog, Progress, SampleLog
-from fastreason.packing import MicroBatch, Row, collate, loss_denominator, plan_micro_batches, rows_of, split_balanced
+from fastreason.packing import (
+    Layout,
+    MicroBatch,
+    Row,
+    collate,
+    loss_denominator,
+    plan_micro_batches,
+    rows_of,
+    split_balanced,
+    unit_length,
+    units_of,
+)
 from fastreason.ranks import Ranks
 from fastreason.sync import Publisher
 from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
@@ -82,7 +93,7 @@ class Parts:
     publisher: Publisher
     checkpoints: CheckpointStore
     run_dir: Path
-    packed: bool
+    layout: Layout
     pad_token_id: int
     stop_requested: Callable[[], bool]
     resume_from: tuple[Path, TrainerState] | None = None
@@ -229,10 +240,18 @@ class Loop:
                 totals.add(batch, output, first_update=number == 0)
             results.append(result)
         num_tokens = sum(len(row) for rows, _ in plans for row in rows)
+        computed = sum(parts.ranks.sum([float(sum(batch.num_tokens for _, batches in plans for batch in batches))]))
         self.totals.tokens_trained += num_tokens
         sums, maxima = totals.packed()
         figures = TokenTotals.figures(parts.ranks.sum(sums), parts.ranks.max(maxima))
-        return figures | update_figures(results) | {"train/tokens": float(num_tokens)}
+        return (
+            figures
+            | update_figures(results)
+            | {
+                "train/tokens": float(num_tokens),
+                "train/tokens_computed": computed,
+            }
+        )
 
     def _denominator(self, rows: list[Row]) -> float:
         num_tokens = sum(row.num_response for row in rows)
@@ -242,14 +261,20 @@ class Loop:
 
     def _micro_batches(self, rows: list[Row]) -> list[MicroBatch]:
         """This rank's micro-batches of an update; every rank makes equally many, as ZeRO's collectives need."""
-        parts = self.parts
-        budget = parts.config.train.micro_batch_tokens
-        shares = split_balanced([len(row) for row in rows], parts.ranks.num)
-        plans = [plan_micro_batches([len(rows[i]) for i in share], budget, parts.packed) for share in shares]
+        parts, train = self.parts, self.parts.config.train
+        if train.skip_zero_advantage and parts.algorithm.zero_advantage_is_zero_gradient:
+            # The denominator counts them all the same. One row stays where none has a gradient.
+            rows = [row for row in rows if row.advantage] or rows[:1]
+        units = units_of(rows, parts.layout)
+        shares = split_balanced([unit_length(unit) for unit in units], parts.ranks.num)
+        plans = [
+            plan_micro_batches([unit_length(units[i]) for i in share], train.micro_batch_tokens, parts.layout)
+            for share in shares
+        ]
         share, plan = shares[parts.ranks.rank], plans[parts.ranks.rank]
-        batches = [collate([rows[share[i]] for i in part], parts.packed, parts.pad_token_id) for part in plan]
+        batches = [collate([units[share[i]] for i in part], parts.layout, parts.pad_token_id) for part in plan]
         while len(batches) < max(map(len, plans)):
-            filler = collate([rows[share[0]]], parts.packed, parts.pad_token_id)
+            filler = collate([rows[:1]], parts.layout, parts.pad_token_id)
             filler.token_weight_N.zero_()
             filler.advantages_N.zero_()
             batches.append(filler)

@@ -151,7 +151,8 @@ def check_memory(config: Config | None, on_gpu: bool, read_available: Callable[[
         return Check("memory", "ok", seen)
     weights = model_bytes(config)
     need = config.rollout.kv_cache_gib * GIB + (TRAINER_MEMORY + 1) * weights
-    seen += f", about {need / GIB:.1f} GiB wanted without activations"
+    what = "without activations" if weights else "for the KV cache; the model's size is not known here"
+    seen += f", about {need / GIB:.1f} GiB wanted {what}"
     if need > available:
         advice = f"Lower rollout.kv_cache_gib (now {config.rollout.kv_cache_gib:g}), or use a smaller model."
         return Check("memory", "fail" if config.rollout.kv_cache_gib * GIB > available else "warn", seen, advice)

@@ -1,8 +1,12 @@
 """From graded groups to tensors: rows, their shares among ranks, and token-budgeted micro-batches. Pure.
 
-A row is one prompt with one response. Micro-batches are either padded (rows of similar length side by side, right
-padding, so that a causal model needs no mask) or packed (one long row of length sum, for attention that knows where a
-sequence begins, such as flash-attn through its position ids).
+A row is one prompt with one response. A unit is what lies in one line of a micro-batch and is never divided: a single
+row, or, in the shared layout, all rows of one prompt behind that prompt. Three layouts, the same loss:
+
+    padded   units side by side, right padding, so that a causal model needs no mask
+    packed   one long line, for attention that reads from the position ids where a row begins (flash-attn)
+    shared   a prompt once, its responses after it, each seeing the prompt and itself (a mask per line); the prompt's
+             hidden states do not depend on what follows, so nothing but rounding changes
 """
 
 from collections.abc import Sequence
@@ -14,32 +18,38 @@ from torch import Tensor
 
 from fastreason.types import Group
 
+Layout = Literal["padded", "packed", "shared"]
+
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: `token_ids` = prompt + response, of which the last `num_response` are the response.
+    """One sequence: the token ids of a prompt and of a response to it.
 
     `advantage` is per sequence; `token_weight` multiplies each response token's loss (1, or 1 / num_response).
     """
 
-    token_ids: list[int]
-    num_response: int
+    prompt: list[int]
+    response: list[int]
     sampler_logp: list[float]
     advantage: float
     token_weight: float = 1.0
 
+    @property
+    def num_response(self) -> int:
+        return len(self.response)
+
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.prompt) + len(self.response)
 
 
 @dataclass
 class MicroBatch:
-    """Tensors of one forward. L is the padded length; N the response tokens of all rows, in row order.
+    """Tensors of one forward. L is the line's length; N the response tokens of all rows, in row order.
 
-    input_ids_BL, position_ids_BL int64; head_index_N int64: position in the flattened [B * L] whose hidden state
-    predicts response token n; ids_N int64; sampler_logp_N, advantages_N, token_weight_N fp32; sequence_N int64: which
-    row a token belongs to. `behaviour_logp_N` is what the ratio divides by; None means the current policy, detached: a
-    ratio of exactly 1.
+    input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True where a query may look, or None for causal.
+    head_index_N: int64, the position in the flattened [B * L] whose hidden state predicts response token n.
+    ids_N: int64. sampler_logp_N, advantages_N, token_weight_N: fp32. sequence_N: int64, the row that a token belongs to.
+    behaviour_logp_N: fp32, what the ratio divides by; None means the current policy, detached: a ratio of exactly 1.
     """
 
     input_ids_BL: Tensor
@@ -52,7 +62,7 @@ class MicroBatch:
     sequence_N: Tensor
     num_rows: int
     num_tokens: int
-    packed: bool = False
+    mask_B1LL: Tensor | None = None
     behaviour_logp_N: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -70,8 +80,8 @@ def rows_of(groups: Sequence[Group], advantages_PG: Tensor, aggregation: str) ->
                 continue
             rows.append(
                 Row(
-                    token_ids=group.prompt_token_ids + sample.token_ids,
-                    num_response=length,
+                    prompt=group.prompt_token_ids,
+                    response=sample.token_ids,
                     sampler_logp=sample.sampler_logp,
                     advantage=advantage,
                     token_weight=1.0 / length if aggregation == "sequence_mean" else 1.0,
@@ -110,55 +120,94 @@ def split_balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
     return shares
 
 
-def plan_micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
-    """Indices of rows, longest first, in micro-batches of at most `budget` tokens (padding included unless `packed`).
+def units_of(rows: Sequence[Row], layout: Layout) -> list[list[Row]]:
+    """The units of rows in order: neighbours with the same prompt together in the shared layout, else each row alone."""
+    units: list[list[Row]] = []
+    for row in rows:
+        if layout == "shared" and units and units[-1][0].prompt == row.prompt:
+            units[-1].append(row)
+        else:
+            units.append([row])
+    return units
 
-    A row longer than the budget goes alone: it cannot be cut, and leaving it out would change the loss.
+
+def unit_length(unit: Sequence[Row]) -> int:
+    """Tokens of a unit's line: its prompt once, and every response."""
+    return len(unit[0].prompt) + sum(row.num_response for row in unit)
+
+
+def plan_micro_batches(lengths: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
+    """Indices of units, longest first, in micro-batches of at most `budget` tokens (padding included unless packed).
+
+    A unit longer than the budget goes alone: it cannot be cut, and leaving it out would change the loss.
     """
     plans: list[list[int]] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if plans and packed and total + lengths[index] <= budget:
+        if plans and layout == "packed":
+            fits = total + lengths[index] <= budget
+        else:
+            fits = bool(plans) and (len(plans[-1]) + 1) * lengths[plans[-1][0]] <= budget
+        if fits:
             plans[-1].append(index)
             total += lengths[index]
-        elif plans and not packed and (len(plans[-1]) + 1) * lengths[plans[-1][0]] <= budget:
-            plans[-1].append(index)
         else:
             plans.append([index])
             total = lengths[index]
     return plans
 
 
-def collate(rows: Sequence[Row], packed: bool, pad_token_id: int = 0) -> MicroBatch:
-    """The tensors of one micro-batch; hidden state m - 1 + i predicts response token i of a prompt of m tokens."""
-    width = sum(map(len, rows)) if packed else max(map(len, rows))
-    height = 1 if packed else len(rows)
+def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 0) -> MicroBatch:
+    """The tensors of one micro-batch.
+
+    Hidden state m - 1 of a prompt of m tokens predicts the first token of its response (of each, in the shared layout),
+    the state at response token i - 1 predicts token i.
+    """
+    lengths = [unit_length(unit) for unit in units]
+    width = sum(lengths) if layout == "packed" else max(lengths)
+    height = 1 if layout == "packed" else len(units)
     input_ids_BL = torch.full((height, width), pad_token_id, dtype=torch.int64)
     position_ids_BL = torch.arange(width).repeat(height, 1)
-    head_index, ids, logp, advantages, weights, sequence = [], [], [], [], [], []
+    mask_B1LL = torch.zeros(height, 1, width, width, dtype=torch.bool) if layout == "shared" else None
+    head_index = []
     start = 0
-    for number, row in enumerate(rows):
-        line, column = (0, start) if packed else (number, 0)
-        input_ids_BL[line, column : column + len(row)] = torch.tensor(row.token_ids)
-        position_ids_BL[line, column : column + len(row)] = torch.arange(len(row))
-        first = line * width + column + len(row) - row.num_response - 1
-        head_index.append(torch.arange(first, first + row.num_response))
-        ids += row.token_ids[-row.num_response :]
-        logp += row.sampler_logp
-        advantages += [row.advantage] * row.num_response
-        weights += [row.token_weight] * row.num_response
-        sequence += [number] * row.num_response
-        start += len(row)
+    for number, unit in enumerate(units):
+        line, first = (0, start) if layout == "packed" else (number, 0)
+        start += lengths[number]
+        prompt, end = unit[0].prompt, first
+        _write(input_ids_BL, position_ids_BL, line, end, prompt, 0)
+        end += len(prompt)
+        for row in unit:
+            _write(input_ids_BL, position_ids_BL, line, end, row.response, len(prompt))
+            positions = torch.arange(end - 1, end - 1 + row.num_response)
+            positions[0] = first + len(prompt) - 1
+            head_index.append(line * width + positions)
+            if mask_B1LL is not None:
+                mask_B1LL[line, 0, end : end + row.num_response, end : end + row.num_response] = True
+            end += row.num_response
+        if mask_B1LL is not None:
+            mask_B1LL[line, 0, :, first : first + len(prompt)] = True
+    if mask_B1LL is not None:
+        # Every query sees itself: a line of padding that saw nothing would be NaN.
+        mask_B1LL |= torch.eye(width, dtype=torch.bool)
+        mask_B1LL &= torch.ones(width, width, dtype=torch.bool).tril()
+    rows = [row for unit in units for row in unit]
+    repeats = torch.tensor([row.num_response for row in rows])
     return MicroBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
+        mask_B1LL=mask_B1LL,
         head_index_N=torch.cat(head_index),
-        ids_N=torch.tensor(ids),
-        sampler_logp_N=torch.tensor(logp, dtype=torch.float32),
-        advantages_N=torch.tensor(advantages, dtype=torch.float32),
-        token_weight_N=torch.tensor(weights, dtype=torch.float32),
-        sequence_N=torch.tensor(sequence),
+        ids_N=torch.tensor([token for row in rows for token in row.response]),
+        sampler_logp_N=torch.tensor([logp for row in rows for logp in row.sampler_logp], dtype=torch.float32),
+        advantages_N=torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(repeats),
+        token_weight_N=torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(repeats),
+        sequence_N=torch.arange(len(rows)).repeat_interleave(repeats),
         num_rows=len(rows),
-        num_tokens=sum(map(len, rows)),
-        packed=packed,
+        num_tokens=sum(lengths),
     )
+
+
+def _write(ids_BL: Tensor, positions_BL: Tensor, line: int, at: int, token_ids: list[int], position: int) -> None:
+    ids_BL[line, at : at + len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
+    positions_BL[line, at : at + len(token_ids)] = torch.arange(position, position + len(token_ids))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastreason.config import ModelConfig
 from fastreason.errors import ConfigError, ModelError
-from fastreason.packing import MicroBatch
+from fastreason.packing import Layout, MicroBatch
 
 # Heads that scale or cap their logits compute something else than hidden @ weight.T; they are refused, not ignored.
 UNSUPPORTED_HEAD_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -61,7 +61,10 @@ class Policy(nn.Module):
         self, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float
     ) -> PolicyLossOutput | tuple[Tensor, Tensor, Tensor]:
         hidden_BLD = self.model.base_model(
-            input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False
+            input_ids=batch.input_ids_BL,
+            position_ids=batch.position_ids_BL,
+            attention_mask=batch.mask_B1LL,
+            use_cache=False,
         ).last_hidden_state
         hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
         return self.head(hidden_ND, batch, spec, temperature)
@@ -79,9 +82,19 @@ def choose_attention(wanted: str, device: str, flash_attn_installed: bool) -> st
     return wanted
 
 
-def packs_sequences(attention: str) -> bool:
-    """Whether sequences may lie end to end in one row: flash-attn reads from the position ids where each begins."""
-    return attention == "flash_attention_2"
+def choose_layout(wanted: str, attention: str, device: str) -> Layout:
+    """How rows lie in a micro-batch.
+
+    flash-attn packs: it reads from the position ids where each row begins. Elsewhere `auto` shares prompts on a CPU,
+    where time goes with tokens and rows are short (the mask grows with the square of a line), and pads on a GPU.
+    """
+    if attention == "flash_attention_2":
+        if wanted == "on":
+            raise ConfigError(
+                "train.share_prompts=on: flash-attn takes no mask. Use auto, or model.attn_implementation=sdpa."
+            )
+        return "packed"
+    return "shared" if wanted == "on" or (wanted == "auto" and device == "cpu") else "padded"
 
 
 def choose_liger(wanted: str, device: str, installed: bool) -> bool:

@@ -48,7 +48,8 @@ def save_model(source: WeightSource, model_dir: Path, target: Path, dtype: torch
 
     from huggingface_hub import save_torch_state_dict
 
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in source.weights()}
+    # Cloned: the weights of a ZeRO engine are views of one flat buffer, which safetensors would refuse to cut.
+    tensors = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in source.weights()}
     if source.rank != 0:
         return
     aside = target.with_name(target.name + ".writing")

@@ -16,6 +16,7 @@ from fastreason.errors import DataError
 from fastreason.metrics import read_metrics, read_summary
 
 CURVE_FILE = "reward.png"
+EVAL = "eval/accuracy"
 SMOOTHING = 0.1  # the running mean looks back over this share of the run, but over 3 to 20 steps
 FEW_STEPS = 60  # up to here every step gets a dot of its own
 
@@ -68,16 +69,15 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 def evaluations(
     rows: Sequence[dict[str, Any]], summary: dict[str, Any], last_step: int
 ) -> list[tuple[int, float, float]]:
-    """Held-out (step, accuracy, standard error), oldest first; the error is 0 where nobody wrote it down.
+    """Held-out (step, accuracy, standard error), oldest first.
 
-    The summary's `before` and `after` are the first and the last of them.
+    The summary's `evals` has `before` and `after`; what came between, and a run that is not over, is in the log.
     """
-    measured = [row for row in rows if row.get("eval/accuracy") is not None]
-    found = {int(r["step"]): (float(r["eval/accuracy"]), float(r.get("eval/standard_error") or 0.0)) for r in measured}
+    results = [(int(row["step"]), row[EVAL], row.get("eval/standard_error")) for row in rows if EVAL in row]
     for name, step in (("before", 0), ("after", last_step)):
-        result = summary.get(name)
-        if isinstance(result, dict) and result.get("accuracy") is not None:
-            found[step] = (float(result["accuracy"]), float(result.get("standard_error") or 0.0))
+        if result := (summary.get("evals") or {}).get(name):
+            results.append((step, result["accuracy"], result["standard_error"]))
+    found = {step: (float(accuracy), float(error or 0.0)) for step, accuracy, error in results if accuracy is not None}
     return [(step, *found[step]) for step in sorted(found)]
 
 

@@ -7,7 +7,8 @@ and RLvsDistillation (arXiv 2505.14216).
 What math-verify does with free text, and what is corrected here. It takes the last expression, the right-hand side
 of a chain of equations ("3 + 4 = 7 = 9" answers 9), prefers what follows "answer is", ignores units and reads 7 as 7%
 where that fits. But it also *evaluates* what it finds: the problem's own "3 + 4" would be a right answer to
-"What is 3 + 4?", and "The answer to 3 + 4 is 9" too. So where the gold is a plain number,
+"What is 3 + 4?", and "The answer to 3 + 4 is 9" too (of 288 replies of SmolLM2-135M to such sums it alone would have
+called 32 right, 19 of which only repeat the sum). So where the gold is a plain number,
 
 - in a response without a box, arithmetic between literal numbers is cut out before parsing ("The answer to is 9");
 - a sum, difference or product of numbers left undone is no answer, boxed or not; `3 \times 10^8`, `2^{10}`, `6/2` and

@@ -98,6 +98,8 @@ def server_environment(config: RolloutConfig, *, key: str, exchange_dir: str, de
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
+        # Longer than the client keeps idle connections: a server that closes one just as it is reused loses a request.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     if device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(config.kv_cache_gib))
@@ -187,7 +189,7 @@ class VllmEngine:
     async def start(self) -> None:
         timeout = aiohttp.ClientTimeout(total=self._config.request_timeout_s)
         self._session = aiohttp.ClientSession(
-            headers=self._headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+            headers=self._headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         )
         deadline = time.monotonic() + self._startup_timeout_s
         while True:

@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,11 @@ def test_error_rule():
         assert_no_worse("nan", torch.tensor([float("nan"), 2.0]), eager, exact, dtype=torch.float32)
     with pytest.raises(AssertionError, match="shape: shapes"):
         assert_no_worse("shape", torch.tensor([1.0]), eager, exact, dtype=torch.float32)
+
+
+def test_readme_examples_run():
+    # Not part of the installed package: the folder above it in the repository.
+    blocks = re.findall(r"```python\n(.*?)```", (PACKAGE.parent / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, {})

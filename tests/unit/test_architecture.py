@@ -14,7 +14,7 @@ HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
 FOUNDATION = {"types", "errors", "config", "cores"}
 PURE = {"advantages", "losses", "packing", "rewards"}
-PLUMBING = {"metrics", "exchange", "processes", "ranks", "models"}
+PLUMBING = {"metrics", "exchange", "processes", "ranks", "models", "session"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
 PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report"}
@@ -31,6 +31,7 @@ ALLOWED = {
     "processes": FOUNDATION,
     "ranks": FOUNDATION,
     "models": FOUNDATION,
+    "session": FOUNDATION,
     "figures": MEANING,
     "alerts": FOUNDATION,
     "display": FOUNDATION | {"alerts", "metrics"},
@@ -47,11 +48,11 @@ ALLOWED = {
     "update": MEANING | PLUMBING | {"policy"},
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "offline", "evaluate"), PARTS | PROTOCOLS),
-    **dict.fromkeys(("cli", "launch"), EVERYTHING),
+    **dict.fromkeys(("cli", "launch", "compose"), EVERYTHING),
 }
-# Engines and updaters are chosen in one place; everybody else sees their Protocols.
+# Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "launch"}
+CHOOSERS = {"cli", "launch", "compose"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}

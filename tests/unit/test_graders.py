@@ -139,6 +139,8 @@ def test_the_deadline_is_for_each_response(judge: str) -> None:
         assert [grade.timed_out for grade in grades] == [True, False, True, False]
         assert rewards(grades) == [0.0, 1.0, 0.0, 0.0]
         assert pool.num_timeouts == 2
+        assert (await pool.grade(SUM, ["sleep 30"]))[0].timed_out
+        assert await full_strength(pool, 1)
 
     with_pool(use, functions={judge: 1.0}, workers=1, deadline_s=1.2)
 
@@ -161,9 +163,9 @@ def test_an_answer_that_kills_its_grader_twice_is_wrong(
     judge: str, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def use(pool: GraderPool) -> None:
-        grades = await pool.grade(SUM, ["7", text, "7"])
-        assert rewards(grades) == [1.0, 0.0, 1.0] and not grades[1].timed_out
-        assert pool.num_deaths == 2 and pool.num_timeouts == 0
+        grades = await pool.grade(SUM, ["7", text, "7", text])
+        assert rewards(grades) == [1.0, 0.0, 1.0, 0.0] and not grades[1].timed_out
+        assert pool.num_deaths == 4 and pool.num_timeouts == 0
         assert await full_strength(pool, 1)
 
     with_pool(use, functions={judge: 1.0}, workers=1)
@@ -247,9 +249,10 @@ def test_only_a_reward_model_needs_no_grader() -> None:
 
 def test_300_fuzzed_answers_never_crash() -> None:
     source = random.Random(1)
-    pieces = ["\\boxed{", "}", "{", "\\frac{1}{", "12", "7", "+", "=", "-", "^", "\\sqrt{", "$", "\\[", "(", ")", ",", "%", "x", "y",
-              "\\text{", " and ", "\n", "!", "\\infty", " is ", "\\begin{pmatrix}", "&", "\\\\", "\x00", "\ud800", "٣", "/", "0",
-              "\\int_0^1 ", "\\cup", "[", "]", "e", "\\pi", "9^{9", "\\log", "\\binom{9}{", "<", "\\le", "."]  # fmt: skip
+    pieces = ["\\boxed{", "}", "{", "\\frac{1}{", "12", "7", "+", "=", "-", "^", "\\sqrt{", "$", "\\[", "(", ")", ",", "%",
+              "\\text{", " and ", "\n", "!", "\\infty", " is ", "\\begin{pmatrix}", "&", "\\\\", "\x00", "\ud800", "٣", "/",
+              "0", "x", "y", "\\int_0^1 ", "\\cup", "[", "]", "e", "\\pi", "9^{9", "\\log", "\\binom{9}{", "<",
+              "\\le", "."]  # fmt: skip
 
     async def use(pool: GraderPool) -> None:
         golds = ["7", r"\frac{1}{2}", "x^2+1", "(1, 2)", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "[0, 1)"]

@@ -44,16 +44,16 @@ def test_column_skips_what_is_missing_or_was_not_finite():
     assert column(rows, "a/b") == ([1, 4], [1.0, 0.0])
 
 
-def test_evaluations_join_the_log_with_the_standard_errors_of_the_summary():
-    rows = [
-        {"step": 0, "eval/accuracy": 0.1},
-        {"step": 5, "eval/accuracy": 0.3, "eval/standard_error": 0.05},
-        {"step": 9},
-    ]
-    summary = {"before": {"accuracy": 0.1, "standard_error": 0.02}, "after": {"accuracy": 0.4, "standard_error": 0.03}}
+BEFORE = {"accuracy": 0.1, "standard_error": 0.02}
+AFTER = {"accuracy": 0.4, "standard_error": 0.03}
+
+
+def test_evaluations_join_the_log_with_the_summary():
+    rows = [{"step": 5, "eval/accuracy": 0.3, "eval/standard_error": 0.05}, {"step": 9, "eval/accuracy": 0.4}]
+    summary = {"evals": {"before": BEFORE, "step-000005": {}, "after": AFTER}}
     assert evaluations(rows, summary, last_step=9) == [(0, 0.1, 0.02), (5, 0.3, 0.05), (9, 0.4, 0.03)]
-    assert evaluations(rows, {}, last_step=9) == [(0, 0.1, 0.0), (5, 0.3, 0.05)]
-    assert evaluations(rows[2:], {"before": None}, last_step=9) == []
+    assert evaluations(rows, {}, last_step=9) == [(5, 0.3, 0.05), (9, 0.4, 0.0)]
+    assert evaluations([{"step": 9, "eval/accuracy": None}], {"evals": {}}, last_step=9) == []
 
 
 def test_a_rising_reward_is_drawn_rising(tmp_path):
@@ -70,7 +70,7 @@ def test_a_rising_reward_is_drawn_rising(tmp_path):
 def test_accuracy_before_and_after_is_marked_only_where_it_is_known(tmp_path):
     log_run(tmp_path, [0.1, 0.4])
     assert len(rows_of(draw_reward_curve(tmp_path), ACCURACY)) == 0
-    write_summary(tmp_path / "summary.json", {"before": {"accuracy": 0.1}, "after": {"accuracy": 0.4}})
+    write_summary(tmp_path / "summary.json", {"evals": {"before": BEFORE, "after": AFTER}})
     heights = rows_of(draw_reward_curve(tmp_path), ACCURACY)
     assert heights.min() < 0.25 and heights[heights < 0.66].max() > 0.55
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastreason.rewards import extract_answer, last_answer_tag, last_boxed
+from fastreason.rewards import extract_answer, last_answer_tag, last_boxed, verification
 from fastreason.rewards.form import format_reward
 from fastreason.rewards.verification import math_reward
 from fastreason.types import Prompt
@@ -106,6 +106,15 @@ def test_gold_comes_first() -> None:
 def test_no_gold_is_never_right() -> None:
     assert math_reward("7", Prompt(id="0", text="", answer=None)) == 0.0
     assert judge("", "") == 0.0
+
+
+@pytest.mark.parametrize("error", [RecursionError(), MemoryError(), ValueError("Exceeds the limit")])
+def test_an_exception_is_a_wrong_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(text: str, parsing_timeout: None) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(verification, "_math_verify", lambda: (parse, None))
+    assert judge("7", "7") == 0.0
 
 
 def test_garbage_never_raises() -> None:

@@ -53,10 +53,11 @@ def linear_policy_loss(
 
     statistics: "all" computes logp, entropy, kl, ratio of every unmasked token (one head GEMM for those without a
     gradient); "active" skips tokens known beforehand to have no gradient (zero weight; zero advantage without KL and
-    entropy terms) and reports NaN and computed = False for them. chunk_tokens, impl: as in linear_logprob.
+    entropy terms) and reports NaN and computed = False for them. chunk_tokens, impl: as in linear_logprob. With
+    ratio="sequence" every unmasked token is computed, and linear_logprob and policy_loss are composed: four head GEMMs
+    instead of three, as that ratio couples tokens of different chunks.
 
-    ratio="sequence" couples tokens of different chunks: linear_logprob and policy_loss are composed, four head GEMMs
-    instead of three. Raises ValueError for wrong or missing tensors, NotImplementedError for impl="triton".
+    Raises ValueError for wrong or missing tensors, NotImplementedError for impl="triton".
     Left out: strategy F for frozen heads, softcap, LoRA on the head, double backward, torch.compile.
     """
     if statistics not in STATISTICS:
@@ -75,11 +76,7 @@ def linear_policy_loss(
     check_ids(ids if mask is None else ids.masked_fill(~mask, 0), weight.shape[0])
     given = {name: value.detach() for name, value in columns.items() if value is not None}
     if chosen == "reference":
-        scale = 1.0 if head.temperature is None else head.temperature
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear_policy_loss_reference(
-                head.hidden, head.weight, ids, spec=spec, mask=mask, bias=head.bias, temperature=scale, **given
-            )
+        return _reference(head, spec, given, mask)
     if spec.ratio == "sequence":
         return _composed(head, spec, given, mask, impl)
     active, idle = _partition(spec, given, mask, hidden.shape[0], hidden.device)
@@ -98,6 +95,16 @@ def _partition(
     if "token_weight" in columns:
         active = active & (columns["token_weight"] != 0)
     return active.nonzero().squeeze(1), (unmasked & ~active).nonzero().squeeze(1)
+
+
+def _reference(
+    head: HeadInputs, spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | None
+) -> PolicyLossOutput:
+    scale = 1.0 if head.temperature is None else head.temperature
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        return linear_policy_loss_reference(
+            head.hidden, head.weight, head.ids, spec=spec, mask=mask, bias=head.bias, temperature=scale, **columns
+        )
 
 
 def _composed(
