@@ -124,6 +124,7 @@ class RolloutConfig(Section):
         default=0, ge=0, description="groups in generation at once; 0: as many as admission allows"
     )
     cores: str | None = Field(None, description="CPU cores of the engine, e.g. '0' or '0-3'; null: all")
+    gpus: str | None = Field(None, description="GPU: devices of the engine, e.g. '7' or '6-7'; null: all that are visible")
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
     gpu_memory_utilization: float = Field(
         default=0.85, gt=0, le=1, description="GPU: share of the memory the engine may take"
@@ -185,6 +186,7 @@ class TrainConfig(Section):
     ranks: int = Field(1, ge=1, description="trainer processes on this machine")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0: the cores divided by the ranks")
     cores: str | None = Field(None, description="CPU cores of the trainer, e.g. '1'; null: all")
+    gpus: str | None = Field(None, description="GPU: devices of the ranks, e.g. '0-6'; null: all that are visible")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from fastreason.config import Config, dump_config
+from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError, EngineError, FastreasonError, StuckError
 from fastreason.metrics import read_summary, write_summary
 from fastreason.models import max_model_len, read_model_config, resolve_model
@@ -55,6 +56,9 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
         if cores:
             require_cores(cores, key)
+    for key, gpus in (("rollout.gpus", config.rollout.gpus), ("train.gpus", config.train.gpus)):
+        if gpus:
+            parse_cores(gpus, key)
     flash = importlib.util.find_spec("flash_attn") is not None
     liger = importlib.util.find_spec("liger_kernel") is not None
     decisions = Decisions(
@@ -223,6 +227,8 @@ def _supervise(config: Config, run_dir: Path, decisions: Decisions, resume: bool
         )
         # Ranks inherit no key: they never talk to an engine.
         trainer_environment = {k: v for k, v in environment.items() if not k.endswith("_KEY")}
+        if decisions.device == "cuda" and config.train.gpus:
+            trainer_environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, parse_cores(config.train.gpus, "train.gpus")))
         trainer = spawn("trainer", trainer_command(config), _log(run_dir, "trainer"), trainer_environment)
         children.append(trainer)
         return _watch(config, session, trainer, children, request)

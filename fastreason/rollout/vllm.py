@@ -23,6 +23,7 @@ from typing import Any
 import aiohttp
 
 from fastreason.config import RolloutConfig
+from fastreason.cores import parse_cores
 from fastreason.errors import EngineError
 from fastreason.processes import Child, spawn
 from fastreason.rollout.engine import sample_seed
@@ -105,6 +106,8 @@ def server_environment(config: RolloutConfig, *, key: str, exchange_dir: str, de
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(config.kv_cache_gib))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or f"0-{(os.cpu_count() or 1) - 1}"
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif config.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, parse_cores(config.gpus, "rollout.gpus")))
     return environment
 
 

@@ -47,8 +47,10 @@ def deepspeed_config(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
-        # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if train.zero_stage:
+            # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum. (Stage 0 sums in fp32 by itself
+            # and refuses the key.)
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.offload == "cpu" and train.zero_stage:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -78,9 +78,10 @@ class PolicyLossSpec:
         return self.kl_coef != 0 or self.entropy_coef != 0 or self.ratio == "sequence"
 
 
-@dataclass(frozen=True)
-class PolicyLossOutput:
+class PolicyLossOutput(NamedTuple):
     """What a policy loss returns: the differentiable sum, and detached values of each token.
+
+    A tuple, because the hooks of DeepSpeed's ZeRO-3 and of FSDP look for a module's output tensors in tuples only.
 
     loss_sum: [] fp32, a sum over tokens (never a mean), connected to the graph even when nothing is active.
     logp, entropy (nats), kl (the spec's estimator, unweighted; 0 without one), ratio: [N] fp32, NaN where not computed.

@@ -1,0 +1,38 @@
+# Everything a newcomer types. Each target does its own set-up; the second time that is instant.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+.PHONY: help setup quickstart test lint types doctor clean
+
+help:
+	@echo "make quickstart   train a small model on this machine's CPU, about six minutes (ARGS='run.seed=1 ...')"
+	@echo "make test         run all tests (ARGS='-k name')"
+	@echo "make lint types   ruff, mypy"
+	@echo "make doctor       check this machine"
+	@echo "make setup        only make the environment in $(VENV)"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: cpu.lock pyproject.toml kernels/pyproject.toml .ci/setup
+	@PYTHON=$(PYTHON) .ci/setup $(VENV)
+
+quickstart: setup
+	@$(VENV)/bin/fastreason train configs/quickstart.yaml $(ARGS)
+
+test: setup
+	$(VENV)/bin/python -P -m pytest $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: setup
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy -p fastreason_kernels
+
+doctor: setup
+	@$(VENV)/bin/fastreason doctor configs/quickstart.yaml
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

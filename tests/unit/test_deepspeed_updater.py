@@ -1,0 +1,432 @@
+"""The DeepSpeed updater against a plain torch AdamW loop: real DeepSpeed over gloo, in processes of its own.
+
+This file is also the program that those processes run (`python test_deepspeed_updater.py FOLDER JOB...`): a job writes
+what it measured to FOLDER/<job>-<rank>.pt, and the tests judge it. Several jobs share a process, because importing
+DeepSpeed takes longer than most of them.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PEAK, DECAY, CLIP, TEMPERATURE, DENOMINATOR = 3e-3, 0.1, 0.05, 0.8, 17.0
+RATES = [PEAK / 2, PEAK, PEAK * 2 / 3]  # linear schedule over 4 updates, one of them warm-up
+STAGES = (0, 1, 2, 3)
+# fp32, three updates. Adam divides by the root of the second moment, so rounding of a small gradient is magnified.
+CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs in the ranks
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, tied: bool = True) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def make_rows(num: int = 6) -> list[Any]:
+    """Rows of ragged lengths; the sampler's log-probabilities are off, so that some ratios are clipped."""
+    from fastreason.packing import Row
+
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, 61, (count,), generator=generator).tolist()
+
+    rows = []
+    for index in range(num):
+        count = 2 + index % 4
+        logp = (-4.1 + 0.5 * torch.randn(count, generator=generator)).tolist()
+        rows.append(Row(tokens(3 + index), tokens(count), logp, (-1.0) ** index * (1 + index / 2), 1.0 + index / 8))
+    return rows
+
+
+def micro_batches(rows: list[Any], num: int, layout: Any = "padded", sampler: bool = True) -> list[Any]:
+    from fastreason.packing import collate
+
+    batches = [collate([[row] for row in rows[i::num]], layout) for i in range(num)]
+    for batch in batches:
+        batch.behaviour_logp_N = batch.sampler_logp_N if sampler else None
+    return batches
+
+
+def make_updater(stage: int, model: Any, dtype: str = "float32", num_updates: int = 4, **train: Any) -> Any:
+    from fastreason.config import TrainConfig
+    from fastreason.policy import Policy
+    from fastreason.update.deepspeed import DeepSpeedUpdater
+
+    keys: dict[str, Any] = {
+        "steps": 1,
+        "prompts_per_step": 1,
+        "lr": PEAK,
+        "lr_schedule": "linear",
+        "warmup_steps": 1,
+        "weight_decay": DECAY,
+        "max_grad_norm": CLIP,
+        "zero_stage": stage,
+    }
+    return DeepSpeedUpdater(Policy(model).train(), TrainConfig(**(keys | train)), dtype, num_updates)
+
+
+def spec() -> Any:
+    from fastreason.losses import LOSSES
+
+    return LOSSES["clip"]
+
+
+def run_updates(updater: Any, batches: list[Any], num: int = 3) -> list[dict[str, Any]]:
+    results = [updater.update(batches, spec(), TEMPERATURE, DENOMINATOR) for _ in range(num)]
+    return [{"loss": r.loss, "grad_norm": r.grad_norm, "lr": r.lr, "applied": r.applied} for r in results]
+
+
+def whole_weights(updater: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in updater.weights()}
+
+
+def plain_torch(rows: list[Any]) -> dict[str, Any]:
+    """The specification: whole logits, the textbook PPO clip, clip_grad_norm_, torch's AdamW. Knows nothing of ours."""
+    model = tiny_model()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], lr=PEAK, eps=1e-8
+    )
+    results = []
+    for rate in RATES:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for row in rows:
+            ids = torch.tensor([row.prompt + row.response])
+            logits = model(ids).logits[0, len(row.prompt) - 1 : -1].float() / TEMPERATURE
+            logp = logits.log_softmax(-1).gather(-1, ids[0, len(row.prompt) :, None])[:, 0]
+            ratio = (logp - torch.tensor(row.sampler_logp)).exp()
+            clipped = ratio.clamp(0.8, 1.2)
+            total = total - (row.token_weight * torch.minimum(ratio * row.advantage, clipped * row.advantage)).sum()
+        (total / DENOMINATOR).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        results.append({"loss": float(total.detach()) / DENOMINATOR, "grad_norm": float(norm), "lr": rate})
+    return {"results": results, "weights": {n: p.detach().clone() for n, p in model.named_parameters()}}
+
+
+def job_stages() -> dict[str, Any]:
+    """Three updates at every stage, this rank's share of the rows in one micro-batch and in three."""
+    import torch.distributed as dist
+
+    import fastreason.update.deepspeed as module
+
+    module.GATHER_BYTES = 8192  # several buckets
+    rows, found = make_rows(), {}
+    if dist.get_rank() == 0:
+        found["torch"] = plain_torch(rows)
+    mine = rows[dist.get_rank() :: dist.get_world_size()]
+    for stage in STAGES:
+        for num in (1, 3):
+            updater = make_updater(stage, tiny_model())
+            batches = micro_batches(mine, num, "shared" if num == 3 else "padded")
+            logp = [updater.logprobs(batches, TEMPERATURE) for _ in range(1)][0] if num == 1 else None
+            results = run_updates(updater, batches)
+            found[f"zero-{stage}/{num}"] = {"results": results, "weights": whole_weights(updater), "logp": logp}
+    return found
+
+
+def job_untied() -> dict[str, Any]:
+    model = tiny_model(tied=False)
+    names = sorted(model.state_dict())
+    return {"expected": names, "names": {s: sorted(whole_weights(make_updater(s, tiny_model(tied=False)))) for s in (2, 3)}}
+
+
+def job_saved_names() -> dict[str, Any]:
+    """The names and shapes in a checkpoint that transformers itself writes."""
+    import tempfile
+
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        return {n: tuple(t.shape) for n, t in load_file(Path(folder) / "model.safetensors").items()}
+
+
+def job_resume() -> dict[str, Any]:
+    """Two updates, save, one more; and in a new updater: load, one more."""
+    import tempfile
+
+    import torch.distributed as dist
+
+    rows, found = make_rows(), {}
+    batches = micro_batches(rows[dist.get_rank() :: dist.get_world_size()], 2)
+    for stage, dtype in [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16")]:
+        torch_dtype = getattr(torch, dtype)
+        shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(shared)
+        folder = Path(str(shared[0]))
+        first = make_updater(stage, tiny_model(torch_dtype), dtype)
+        run_updates(first, batches, 2)
+        first.save(folder / "updater")
+        dist.barrier()
+        went_on = run_updates(first, batches, 1), whole_weights(first)
+        second = make_updater(stage, tiny_model(torch_dtype), dtype)
+        second.load(folder / "updater")
+        loaded = run_updates(second, batches, 1), whole_weights(second)
+        found[f"zero-{stage}/{dtype}"] = {"went_on": went_on, "loaded": loaded}
+        dist.barrier()
+        if dist.get_rank() == 0:
+            import shutil
+
+            shutil.rmtree(folder)
+    return found
+
+
+def job_bfloat16() -> dict[str, Any]:
+    """A hundred updates, each smaller than half of what bf16 can resolve in a weight; and a sum of tiny micro-batches."""
+    found: dict[str, Any] = {}
+    rows = make_rows(2)
+    for stage in STAGES:
+        model = tiny_model(torch.bfloat16)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        constant = {"lr": 3e-6, "lr_schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+        updater = make_updater(stage, model, "bfloat16", 200, **constant, max_grad_norm=1e9)
+        batches = micro_batches(rows, 1, sampler=False)
+        one = updater.update(batches, spec(), TEMPERATURE, 1.0).grad_norm
+        for _ in range(99):
+            updater.update(batches, spec(), TEMPERATURE, 1.0)
+        after = whole_weights(updater)
+        row = make_rows(1)[0]
+        updater = make_updater(stage, tiny_model(torch.bfloat16), "bfloat16", 200, **constant, max_grad_norm=1e9)
+        whole = updater.update(micro_batches([row], 1, sampler=False), spec(), TEMPERATURE, 1.0).grad_norm
+        parts = micro_batches([row], 1, sampler=False) + [micro_batches([row], 1, sampler=False)[0] for _ in range(100)]
+        for part in parts[1:]:
+            part.advantages_N *= 1 / 1000
+        summed = updater.update(parts, spec(), TEMPERATURE, 1.0).grad_norm
+        found[f"zero-{stage}"] = {"before": before, "after": after, "one": one, "whole": whole, "summed": summed}
+    return found
+
+
+def job_not_finite() -> dict[str, Any]:
+    """A gradient that is not finite, then a good one."""
+    found = {}
+    for stage in STAGES:
+        for dtype in ("float32", "bfloat16"):
+            updater = make_updater(stage, tiny_model(getattr(torch, dtype)), dtype)
+            batches = micro_batches(make_rows(), 1)
+            bad = micro_batches(make_rows(), 1)
+            bad[0].advantages_N[0] = float("nan")
+            before = whole_weights(updater)
+            first = run_updates(updater, bad, 1)[0]
+            after = whole_weights(updater)
+            second = run_updates(updater, batches, 1)[0]
+            found[f"zero-{stage}/{dtype}"] = {
+                "applied": [first["applied"], second["applied"]],
+                "unchanged": all(torch.equal(before[n], after[n]) for n in before),
+                "finite": all(bool(t.isfinite().all()) for t in whole_weights(updater).values()),
+            }
+    return found
+
+
+JOBS = {
+    "stages": job_stages,
+    "untied": job_untied,
+    "saved_names": job_saved_names,
+    "resume": job_resume,
+    "bfloat16": job_bfloat16,
+    "not_finite": job_not_finite,
+}
+
+
+def main(folder: str, *jobs: str) -> None:
+    import torch.distributed as dist
+
+    from fastreason.update.deepspeed import initialise_distributed
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    initialise_distributed("cpu")
+    for job in jobs:
+        torch.save(JOBS[job](), Path(folder) / f"{job}-{dist.get_rank()}.pt")
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may keep a finished process alive
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests
+
+
+def launch(folder: Path, num_ranks: int, jobs: list[str], timeout_s: float) -> dict[str, Any]:
+    """Run jobs under torch's elastic launcher; returns rank 0's results by job. Nothing of it is left running."""
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--max-restarts=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [*command, __file__, str(folder), *jobs],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
+        )
+    try:
+        code = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        end(process)
+    assert code == 0, f"exit code {code}:\n{log.read_text(errors='replace')[-4000:]}"
+    return {job: torch.load(folder / f"{job}-0.pt", weights_only=False) for job in jobs}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its ranks, which have sessions of their own."""
+    import psutil
+
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tmp_path_factory.mktemp("one"), 1, list(JOBS), 150)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tmp_path_factory.mktemp("two"), 2, ["stages", "untied", "resume"], 150)
+
+
+def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for got, want in zip(found["results"], expected["results"], strict=True):
+        assert got["applied"]
+        assert got["lr"] == pytest.approx(want["lr"], rel=1e-12)
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+    assert sorted(found["weights"]) == sorted(expected["weights"])
+    for name, tensor in found["weights"].items():
+        torch.testing.assert_close(tensor, expected["weights"][name], **CLOSE, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_trains_like_plain_torch(one_rank, stage, num_micro_batches):
+    assert_same_training(one_rank["stages"][f"zero-{stage}/{num_micro_batches}"], one_rank["stages"]["torch"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_like_plain_torch(two_ranks, stage, num_micro_batches):
+    assert_same_training(two_ranks["stages"][f"zero-{stage}/{num_micro_batches}"], two_ranks["stages"]["torch"])
+
+
+@pytest.mark.slow
+def test_the_plain_loop_clips_moves_and_has_clipped_ratios(one_rank):
+    """Without these the comparison above would prove less than it says."""
+    results = one_rank["stages"]["torch"]["results"]
+    assert all(result["grad_norm"] > 2 * CLIP for result in results)
+    moved = [(t - dict(tiny_model().named_parameters())[n]).abs().max() for n, t in one_rank["stages"]["torch"]["weights"].items()]
+    assert min(moved) > 100 * CLOSE["atol"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_logprobs_are_those_of_whole_logits(one_rank, stage):
+    model, rows = tiny_model(), make_rows()
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.response])
+        logp_TV = (model(ids).logits[0, len(row.prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        expected.append(logp_TV.gather(-1, ids[0, len(row.prompt) :, None])[:, 0])
+    (found,) = one_rank["stages"][f"zero-{stage}/1"]["logp"]
+    torch.testing.assert_close(found, torch.cat(expected).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_what_transformers_would_save(one_rank, two_ranks, ranks, stage):
+    found = (one_rank if ranks == 1 else two_ranks)["stages"][f"zero-{stage}/1"]["weights"]
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == one_rank["saved_names"]
+    assert "lm_head.weight" not in found
+
+
+@pytest.mark.slow
+def test_an_untied_head_is_published(one_rank, two_ranks):
+    for found in (one_rank["untied"], two_ranks["untied"]):
+        assert "lm_head.weight" in found["expected"]
+        assert found["names"] == {2: found["expected"], 3: found["expected"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loaded_checkpoint_continues_bit_for_bit(one_rank, two_ranks, ranks):
+    for setting, found in (one_rank if ranks == 1 else two_ranks)["resume"].items():
+        (results, weights), (loaded_results, loaded_weights) = found["went_on"], found["loaded"]
+        assert loaded_results == results, setting
+        assert results[0]["lr"] == pytest.approx(RATES[2]), setting
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, loaded_weights[name]), f"{setting}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_updates_below_bf16_resolution_accumulate(one_rank, stage):
+    """lr 3e-6 against a spacing of at least 4.9e-4 for weights over 1/16: only fp32 master weights ever move them."""
+    found = one_rank["bfloat16"][f"zero-{stage}"]
+    moved, total = 0, 0
+    for name, before in found["before"].items():
+        after = found["after"][name]
+        assert after.dtype == torch.bfloat16
+        large = (before.abs() > 1 / 16) & (before.abs() < 1 / 4)
+        moved += int((before != after)[large].sum())
+        total += int(large.sum())
+    assert total > 1000
+    assert moved > 0.1 * total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_bf16_micro_batches_are_summed_in_fp32(one_rank, stage):
+    """g + 100 * g / 1000 = 1.1 g; in bf16 each thousandth is less than half a unit of the sum and is lost."""
+    found = one_rank["bfloat16"][f"zero-{stage}"]
+    assert found["whole"] > 0
+    assert found["summed"] == pytest.approx(1.1 * found["whole"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_reported_and_leaves_the_weights_alone(one_rank):
+    for setting, found in one_rank["not_finite"].items():
+        assert found == {"applied": [False, True], "unchanged": True, "finite": True}, setting
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
