@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastreason.config import Config, load_config, num_updates
-from fastreason.errors import FastreasonError
+from fastreason.errors import FastreasonError, InterruptedWaitError
 from fastreason.metrics import Progress
 from fastreason.processes import die_with_parent
 from fastreason.session import Outcome, Session, StopFlag, read_session, write_outcome
@@ -30,6 +30,8 @@ def run_process(name: str) -> int:
     label = name if name == "producer" else f"trainer-{os.environ.get('RANK', '0')}"
     try:
         outcome = body(session, config)
+    except InterruptedWaitError:
+        outcome = Outcome(finished=False)  # told to stop before anything was trained
     except FastreasonError as error:
         outcome = Outcome(finished=False, error=str(error))
     except BaseException as error:

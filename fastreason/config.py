@@ -191,7 +191,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0, description="save every so many steps; 0: only at the end or on a signal")
+    every: int = Field(0, ge=0, description="save every so many steps and at the end; 0: only when stopped by a signal")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: bool = Field(
         default=True, description="also keep the one with the best held-out accuracy (else mean reward)"

@@ -304,6 +304,8 @@ def _watch(config: Config, session: Session, trainer: Child, children: list[Chil
             if child is not trainer and child.exit_code is not None and asked_at is None:
                 _explain_death(session, child, trainer)
     outcomes = [read_outcome(session.folder, f"trainer-{rank}") for rank in range(config.train.ranks)]
+    if asked_at is not None and outcomes[0] is not None and not outcomes[0].error:
+        return outcomes[0]  # ranks that lost their peer at its end are no failure then
     errors = [outcome for outcome in outcomes if outcome is not None and outcome.error]
     if errors:
         first = next((e for e in errors if not e.expected), errors[0])

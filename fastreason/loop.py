@@ -111,21 +111,17 @@ class Loop:
         self.step = 0
         self.version = 0
         self.num_groups = 0
-        self.saved_step = -1
+        self.saved_step = 0  # an untrained run needs no checkpoint
         self.score = float("-inf")
         self.totals = Totals()
 
     def run(self) -> bool:
         parts, steps = self.parts, self.parts.config.train.steps
-        try:
-            self._begin()
-            while self.step < steps:
-                if not self._one_step():
-                    self._save()
-                    return False
-        except InterruptedWaitError:
-            # Told to stop before the first step: only rank 0 waits there, and nothing has been trained.
-            return False
+        self._begin()
+        while self.step < steps:
+            if not self._one_step():
+                self._save()
+                return False
         if self.saved_step < self.step and parts.config.checkpoint.every:
             self._save()
         return True
@@ -144,7 +140,7 @@ class Loop:
                 self._publish(self.version)
         elif parts.config.eval.num_prompts:
             self._evaluate("before")
-        if parts.rollouts is not None:
+        if parts.rollouts is not None and not parts.stop_requested():
             parts.rollouts.start(self.version, self.num_groups, state)
 
     def _one_step(self) -> bool:
@@ -189,7 +185,8 @@ class Loop:
                 self.parts.samples.write(self.step, groups)
             figures |= self._due_evaluation()
             parts_metrics.write({"step": self.step, **figures})
-            self.score = max(self.score, figures.get("eval/accuracy", figures["reward/mean"]))
+            if "eval/accuracy" in figures or not self.parts.config.eval.every:
+                self.score = figures.get("eval/accuracy", figures["reward/mean"])
         if self._due(self.parts.config.checkpoint.every):
             self._save()
         return True
@@ -301,7 +298,10 @@ class Loop:
     def _evaluate(self, name: str) -> EvalResult | None:
         if self.parts.rollouts is None:
             return None
-        result = self.parts.rollouts.evaluate(name)
+        try:
+            result = self.parts.rollouts.evaluate(name)
+        except InterruptedWaitError:
+            return None  # told to stop: the next look at the stop flag ends the run
         self.totals.evals[name] = msgspec.to_builtins(result)
         return result
 

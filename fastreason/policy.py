@@ -63,11 +63,18 @@ class Policy(nn.Module):
         hidden_BLD = self.model.base_model(
             input_ids=batch.input_ids_BL,
             position_ids=batch.position_ids_BL,
-            attention_mask=batch.mask_B1LL,
+            attention_mask=self._attention_mask(batch.mask_B1LL),
             use_cache=False,
         ).last_hidden_state
         hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
         return self.head(hidden_ND, batch, spec, temperature)
+
+    def _attention_mask(self, mask_B1LL: Tensor | None) -> Tensor | None:
+        # sdpa takes a bool mask; eager attention adds the mask to the scores, and would add True as 1.
+        if mask_B1LL is None or self.model.config._attn_implementation != "eager":
+            return mask_B1LL
+        dtype = self.model.dtype
+        return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
 
 
 def choose_attention(wanted: str, device: str, flash_attn_installed: bool) -> str:

@@ -3,10 +3,14 @@
 With staleness bound S, batch size B (groups) and v versions published so far:
 
     issue while      accepted + running < (S + v + 1) * B
-    a batch first takes, and waits for, the groups issued at a version <= v - S; then any finished ones, oldest first
+    a batch takes    the B oldest finished groups, once all that it leaves behind can still be trained in time
+
+In time: a group issued at version u has to be in the batch of version u + S at the latest. So of the groups issued at u
+or before at most (u + S - v) * B may be left behind: none at u = v - S, for which a batch waits. Without the other u,
+for S > 1, young groups that finish first could take so many places that the old ones no longer fit.
 
 `accepted` counts the finished groups of the whole run, trained or not; a dropped group leaves it, so that its place can
-be filled again. Pure state: no clock, no I/O.
+be filled again. A resumed run counts from the `trained` groups and the version that it starts with. Pure state: no clock, no I/O.
 """
 
 from fastreason.types import Group
@@ -19,6 +23,8 @@ class Admission:
         self, batch_size: int, max_staleness: int, total_groups: int, version: int = 0, trained: int = 0
     ) -> None:
         self._batch_size, self._max_staleness, self._total = batch_size, max_staleness, total_groups
+        # 0 unless a resumed run has another batch size than before.
+        self._offset = trained - version * batch_size
         self.version = version
         self.num_taken = trained
         self.num_dropped = 0
@@ -38,7 +44,9 @@ class Admission:
         accepted = self.num_taken + self.num_finished
         if accepted + self.num_running >= self._total:
             return False
-        return accepted + self.num_running < (self._max_staleness + self.version + 1) * self._batch_size
+        return accepted + self.num_running < (
+            self._offset + (self._max_staleness + self.version + 1) * self._batch_size
+        )
 
     def issue(self) -> int:
         """Take the next ticket; the group it names is running from now on."""
@@ -68,15 +76,15 @@ class Admission:
 
     def take_batch(self) -> list[Group] | None:
         """The next batch, or None while it is not ready."""
-        oldest_allowed = self.version - self._max_staleness
-        if any(issued <= oldest_allowed for issued in self._running.values()):
-            return None
-        due = [t for t, group in self._finished.items() if group.version_issued <= oldest_allowed]
-        rest = sorted(set(self._finished) - set(due))
-        tickets = (sorted(due) + rest)[: self._batch_size]
+        tickets = sorted(self._finished)[: self._batch_size]
         if len(tickets) < self._batch_size:
             return None
-        batch = [self._finished.pop(ticket) for ticket in sorted(tickets)]
+        taken = set(tickets)
+        left = [group.version_issued for ticket, group in self._finished.items() if ticket not in taken]
+        for number, issued in enumerate(sorted([*self._running.values(), *left]), start=1):
+            if number > (issued + self._max_staleness - self.version) * self._batch_size:
+                return None
+        batch = [self._finished.pop(ticket) for ticket in tickets]
         for group in batch:
             staleness = self.version - group.oldest_version
             assert staleness <= self._max_staleness, f"ticket {group.ticket} is {staleness} versions old"

@@ -27,13 +27,14 @@ class ProducerClient:
     ) -> None:
         self._timeout_s = timeout_s
         self._connection = wire.Connection(_connect(socket_path, startup_timeout_s, interrupted), interrupted)
-        self.ready = self._answer(wire.Ready, startup_timeout_s, "starting the engine")
+        self.ready = self._answer(wire.Ready, startup_timeout_s, "starting the engine", interruptible=True)
 
     def start(self, version: int, trained: int, state: dict[str, Any] | None) -> None:
         self._ask(wire.Start(version=version, trained=trained, state=state), wire.Done, "starting to generate")
 
     def next_batch(self) -> wire.Batch:
-        return self._ask(wire.NextBatch(), wire.Batch, "generating and grading the next batch")
+        """Raises InterruptedWaitError when the run is told to stop meanwhile; so does `evaluate`."""
+        return self._ask(wire.NextBatch(), wire.Batch, "generating and grading the next batch", interruptible=True)
 
     def publish(self, update: WeightUpdate) -> LoadReport:
         return self._ask(
@@ -41,7 +42,7 @@ class ProducerClient:
         ).report
 
     def evaluate(self, name: str) -> EvalResult:
-        return self._ask(wire.Evaluate(name), wire.Evaluated, f"evaluating ({name})").result
+        return self._ask(wire.Evaluate(name), wire.Evaluated, f"evaluating ({name})", interruptible=True).result
 
     def save_state(self, trained: int) -> dict[str, Any]:
         """The producer's state for a checkpoint whose weights contain `trained` groups.
@@ -64,12 +65,12 @@ class ProducerClient:
         finally:
             self._connection.close()
 
-    def _ask(self, request: wire.Request, answer: type[A], waiting_for: str) -> A:
+    def _ask(self, request: wire.Request, answer: type[A], waiting_for: str, interruptible: bool = False) -> A:
         self._connection.send(request)
-        return self._answer(answer, self._timeout_s, waiting_for)
+        return self._answer(answer, self._timeout_s, waiting_for, interruptible)
 
-    def _answer(self, kind: type[A], timeout_s: float, waiting_for: str) -> A:
-        answer = self._connection.receive(timeout_s, waiting_for)
+    def _answer(self, kind: type[A], timeout_s: float, waiting_for: str, interruptible: bool) -> A:
+        answer = self._connection.receive(timeout_s, waiting_for, interruptible)
         if isinstance(answer, wire.Failure):
             raise EngineError(answer.message)
         assert isinstance(answer, kind), f"asked for {kind.__name__}, got {type(answer).__name__}"

@@ -29,36 +29,18 @@ import msgspec
 
 from fastreason.config import RewardConfig
 from fastreason.errors import RewardError
-from fastreason.processes import die_with_parent
-from fastreason.rewards import REWARDS, RewardSpec, resolve_rewards
+from fastreason.rewards import REWARDS, resolve_rewards
+from fastreason.rollout.grader_process import GraderReply, GraderRequest
 from fastreason.types import Grade, Prompt
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 START_TIMEOUT_S = 120.0
-# A tower of powers can ask for all memory of the machine before its deadline; built-in rewards need about 0.2 GiB.
-MEMORY_LIMIT_GIB = 4
 _SOURCE = (
     "import sys, json, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[1]); "
-    "from fastreason.rollout.graders import run_grader; run_grader(int(sys.argv[2]), int(sys.argv[3]))"
+    "from fastreason.rollout.grader_process import run_grader; run_grader(int(sys.argv[2]), int(sys.argv[3]))"
 )
-
-
-class _Request(msgspec.Struct):
-    """To a grader: texts to grade. Without a prompt: name the loaded modules."""
-
-    prompt: Prompt | None = None
-    texts: list[str] = msgspec.field(default_factory=list)
-    truncated: list[bool] = msgspec.field(default_factory=list)
-
-
-class _Reply(msgspec.Struct):
-    """From a grader: the parts of one text, or the message of a `RewardError`, after which the rest is not graded."""
-
-    parts: dict[str, float] = msgspec.field(default_factory=dict)
-    error: str | None = None
-    modules: list[str] = msgspec.field(default_factory=list)
 
 
 class _DiedError(Exception):
@@ -67,60 +49,6 @@ class _DiedError(Exception):
 
 class _DeadlineError(Exception):
     """No answer within the deadline."""
-
-
-def run_grader(descriptor: int, parent_pid: int) -> None:
-    """The life of a grader process: load the rewards, say so, then grade until the pool's end of the socket closes."""
-    die_with_parent()
-    if os.getppid() != parent_pid:
-        return
-    channel = Connection(descriptor)
-    with contextlib.suppress(EOFError, ConnectionError):
-        config = RewardConfig.model_validate_json(channel.recv_bytes())
-        try:
-            spec = resolve_rewards(config)
-            _warm_up(spec)
-        except Exception as error:
-            channel.send_bytes(msgspec.msgpack.encode(_Reply(error=f"{type(error).__name__}: {error}")))
-            return
-        if all(name in REWARDS for name in spec.functions):
-            _limit_memory()
-        channel.send_bytes(msgspec.msgpack.encode(_Reply()))
-        while True:
-            _serve(channel, spec)
-
-
-def _serve(channel: Connection, spec: RewardSpec) -> None:
-    request = msgspec.msgpack.decode(channel.recv_bytes(), type=_Request)
-    if request.prompt is None:
-        channel.send_bytes(msgspec.msgpack.encode(_Reply(modules=sorted(sys.modules))))
-        return
-    for text, truncated in zip(request.texts, request.truncated, strict=True):
-        try:
-            reply = _Reply(parts=spec.parts(text, request.prompt, truncated))
-        except Exception as error:
-            message = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-            reply = _Reply(error=message[:4000])
-        channel.send_bytes(msgspec.msgpack.encode(reply))
-        if reply.error is not None:
-            return
-
-
-def _warm_up(spec: RewardSpec) -> None:
-    """Import what the built-in rewards import lazily, so that no response's deadline pays for it."""
-    if "math" in spec.functions:
-        spec.functions["math"]("so $3 + 4 = 7$", Prompt(id="warm-up", text="What is $3 + 4$?", answer="7"))
-    if "reasoning_gym" in spec.functions:
-        import reasoning_gym  # noqa: F401
-
-
-def _limit_memory() -> None:
-    if sys.platform == "linux":
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        wanted = MEMORY_LIMIT_GIB * 2**30
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 class _Grader:
@@ -170,17 +98,17 @@ class _Grader:
             self.stop()
             raise RewardError(f"a grader process could not load the rewards: {reply.error}")
 
-    def send(self, request: _Request) -> None:
+    def send(self, request: GraderRequest) -> None:
         self._send(msgspec.msgpack.encode(request))
 
-    def receive(self, timeout_s: float) -> _Reply:
+    def receive(self, timeout_s: float) -> GraderReply:
         """The next reply; raises `_DeadlineError` after `timeout_s` and `_DiedError` when the process is gone."""
         if self._channel is None:
             raise _DiedError
         try:
             if not self._channel.poll(timeout_s):
                 raise _DeadlineError
-            return msgspec.msgpack.decode(self._channel.recv_bytes(), type=_Reply)
+            return msgspec.msgpack.decode(self._channel.recv_bytes(), type=GraderReply)
         except (EOFError, OSError, msgspec.DecodeError) as error:
             raise _DiedError from error
 
@@ -271,7 +199,7 @@ class GraderPool:
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
         size = -(-len(clean) // len(self._graders))
         pieces = [
-            _Request(prompt, clean[start : start + size], cut_off[start : start + size])
+            GraderRequest(prompt, clean[start : start + size], cut_off[start : start + size])
             for start in range(0, len(clean), size)
         ]
         graded = await self._in_threads([partial(self._grade, piece) for piece in pieces])
@@ -341,7 +269,7 @@ class GraderPool:
         grader.start()
         self._idle.put(grader)
 
-    def _grade(self, request: _Request) -> list[Grade]:
+    def _grade(self, request: GraderRequest) -> list[Grade]:
         grader = self._idle.get()
         try:
             return self._grade_on(grader, request)
@@ -355,7 +283,7 @@ class GraderPool:
                 with contextlib.suppress(RuntimeError):
                     self._threads.submit(self._revive)
 
-    def _grade_on(self, grader: _Grader, request: _Request) -> list[Grade]:
+    def _grade_on(self, grader: _Grader, request: GraderRequest) -> list[Grade]:
         """Grade in order on one grader, replacing it as often as needed; runs in a thread."""
         assert request.prompt is not None
         grades: list[Grade] = []
@@ -365,7 +293,7 @@ class GraderPool:
             try:
                 if not grader.alive:
                     grader.start()
-                grader.send(_Request(request.prompt, request.texts[done:], request.truncated[done:]))
+                grader.send(GraderRequest(request.prompt, request.texts[done:], request.truncated[done:]))
                 while len(grades) < len(request.texts):
                     reply = grader.receive(self.config.deadline_s)
                     if reply.error is not None:
@@ -423,7 +351,7 @@ class GraderPool:
         try:
             if not grader.alive:
                 grader.start()
-            grader.send(_Request())
+            grader.send(GraderRequest())
             return grader.receive(START_TIMEOUT_S).modules
         except (_DiedError, _DeadlineError):
             grader.stop()

@@ -110,8 +110,12 @@ class Producer:
                 num_eval_prompts=len(self._eval_prompts),
             )
             writer.write(wire.encode(ready))
-        except FastreasonError as error:
-            writer.write(wire.encode(wire.Failure(str(error))))
+        except Exception as error:
+            known = isinstance(error, FastreasonError)
+            if not known:
+                log.exception("the %s engine did not start", self._engine.name)
+            message = str(error) if known else f"the engine did not start: {type(error).__name__}: {error}"
+            writer.write(wire.encode(wire.Failure(message)))
             await writer.drain()
             return
         await writer.drain()
@@ -162,7 +166,7 @@ class Producer:
         self._admission = Admission(
             batch_size=train.prompts_per_step,
             max_staleness=self._config.rollout.max_staleness,
-            total_groups=train.steps * train.prompts_per_step,
+            total_groups=request.trained + (train.steps - request.version) * train.prompts_per_step,
             version=request.version,
             trained=request.trained,
         )

@@ -23,6 +23,7 @@ from fastreason.packing import MicroBatch
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
+MAX_BUCKET = 200_000_000  # elements per reduction
 GATHER_BYTES = 512 << 20  # ZeRO-3: weights are gathered in buckets of about this size
 
 
@@ -33,14 +34,22 @@ def initialise_distributed(device: str) -> None:
     deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
 
 
-def deepspeed_config(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:
+def deepspeed_config(
+    train: TrainConfig, dtype: str, num_ranks: int, num_parameters: int = MAX_BUCKET
+) -> dict[str, Any]:
     """DeepSpeed's own configuration of a run; gradient accumulation and the learning rate are not its business."""
+    # DeepSpeed allocates its buckets whole, 500 million elements each unless told otherwise.
+    bucket = max(1_000_000, min(MAX_BUCKET, num_parameters))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": num_ranks,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
@@ -67,6 +76,7 @@ class DeepSpeedUpdater:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.num_done = 0
         device = next(policy.parameters()).device
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
         optimizer = torch.optim.AdamW(
             decay_groups(policy, train.weight_decay),
             lr=train.lr,
@@ -75,7 +85,7 @@ class DeepSpeedUpdater:
             fused=device.type in ("cpu", "cuda") and train.offload == "none",
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks)
+            model=policy, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks, num_parameters)
         )
         self._device = device
 
@@ -99,17 +109,25 @@ class DeepSpeedUpdater:
             output = self.engine(batch.to(self._device), spec, temperature)
             # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
             self.engine.backward(output.loss_sum * (self.num_ranks / denominator))
+            norm = self._unwrapped_grad_norm()
             self.engine.step()
             outputs.append(output)
             total += output.loss_sum.detach().double().cpu()
         if self.num_ranks > 1:
             dist.all_reduce(total)
         self.num_done += 1
-        norm = self.engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else math.nan
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm())
         return UpdateResult(
             outputs=outputs, loss=float(total) / denominator, grad_norm=norm, lr=rate, applied=math.isfinite(norm)
         )
+
+    def _unwrapped_grad_norm(self) -> float | None:
+        """The gradient norm before a step where DeepSpeed does not keep it (fp32 at stage 0 has no ZeRO optimizer)."""
+        if hasattr(self.engine.optimizer, "_global_grad_norm"):
+            return None
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()

@@ -369,6 +369,6 @@ asyncio.run(main())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is set on Linux")
 def test_the_memory_of_a_grader_is_limited() -> None:
-    code = "from fastreason.rollout import graders as g; g._limit_memory(); bytearray((g.MEMORY_LIMIT_GIB + 1) * 2**30)"
+    code = "from fastreason.rollout import grader_process as g; g.limit_memory(); bytearray((g.MEMORY_LIMIT_GIB + 1) * 2**30)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MemoryError" in done.stderr
