@@ -90,7 +90,7 @@ def read_state(folder: Path) -> TrainerState:
         if raw.get("format") != FORMAT:
             raise CheckpointError(f"{folder}: checkpoint format {raw.get('format')}, this version reads {FORMAT}.")
         return TrainerState(**raw)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the trainer's state cannot be read: {error}") from error
 
 

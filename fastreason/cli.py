@@ -3,9 +3,14 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastreason import __version__
 from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
+
+if TYPE_CHECKING:
+    from fastreason.config import Config
+    from fastreason.launch import Decisions
 
 EPILOG = """\
 examples:
@@ -44,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 bad input, 128 + n stopped by signal n)."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    # argparse takes no more overrides after an option: train c.yaml --dry-run train.lr=1e-5.
+    if others and hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in others):
+        options.overrides += others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         if options.command == "train":
             return train_command(options)
@@ -64,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_command(options: argparse.Namespace) -> int:
-    from fastreason.config import batch_derivation, dump_config, load_config
+    from fastreason.config import batch_derivation, load_config
     from fastreason.launch import check_prompts_offline, launch, make_run_dir, preflight, write_config
 
     if options.resume:
@@ -74,17 +84,23 @@ def train_command(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     decisions, unchecked = preflight(config)
     if options.dry_run:
-        print(dump_config(config), end="")
-        notes = [*batch_derivation(config), f"device: {decisions.device}, attention: {decisions.attention}"]
-        notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
-        print("\n".join(f"# {line}" for line in notes))
-        return 0
+        return print_dry_run(config, decisions, unchecked)
     if not unchecked or config.data.source != "hub":
         check_prompts_offline(config)
     run_dir = make_run_dir(config)
     write_config(config, run_dir)
     print("\n".join(batch_derivation(config)))
     return launch(config, run_dir, decisions, resume=False)
+
+
+def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]) -> int:
+    from fastreason.config import batch_derivation, dump_config
+
+    print(dump_config(config), end="")
+    notes = [*batch_derivation(config), f"device: {decisions.device}, attention: {decisions.attention}"]
+    notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
+    print("\n".join(f"# {line}" for line in notes))
+    return 0
 
 
 def resume_command(options: argparse.Namespace) -> int:
@@ -97,7 +113,7 @@ def resume_command(options: argparse.Namespace) -> int:
         raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
     overrides = [*([options.config] if options.config else []), *options.overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    decisions, _ = preflight(config)
+    decisions, unchecked = preflight(config)
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     path, state = store.latest()
     if state.step >= config.train.steps:
@@ -105,6 +121,8 @@ def resume_command(options: argparse.Namespace) -> int:
             f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
             f"{config.train.steps}: it is finished. Pass train.steps=N with a larger N to train on."
         )
+    if options.dry_run:
+        return print_dry_run(config, decisions, unchecked)
     write_config(config, run_dir)
     print(f"resuming from {path.name}: {state.step} of {config.train.steps} steps done")
     return launch(config, run_dir, decisions, resume=True)

@@ -6,7 +6,7 @@ key, the value, what is allowed and what to do. Imports neither torch nor transf
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -17,6 +17,14 @@ from fastreason.errors import ConfigError
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _number_text(value: Any) -> Any:
+    """YAML reads a list of one, `rollout.cores=0`, as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+NumberList = Annotated[str, pydantic.BeforeValidator(_number_text)]
 
 
 class RunConfig(Section):
@@ -123,8 +131,10 @@ class RolloutConfig(Section):
     max_running_groups: int = Field(
         default=0, ge=0, description="groups in generation at once; 0: as many as admission allows"
     )
-    cores: str | None = Field(None, description="CPU cores of the engine, e.g. '0' or '0-3'; null: all")
-    gpus: str | None = Field(None, description="GPU: devices of the engine, e.g. '7' or '6-7'; null: all that are visible")
+    cores: NumberList | None = Field(None, description="CPU cores of the engine, e.g. '0' or '0-3'; null: all")
+    gpus: NumberList | None = Field(
+        None, description="GPU: devices of the engine, e.g. '7' or '6-7'; null: all that are visible"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
     gpu_memory_utilization: float = Field(
         default=0.85, gt=0, le=1, description="GPU: share of the memory the engine may take"
@@ -185,8 +195,10 @@ class TrainConfig(Section):
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
     ranks: int = Field(1, ge=1, description="trainer processes on this machine")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0: the cores divided by the ranks")
-    cores: str | None = Field(None, description="CPU cores of the trainer, e.g. '1'; null: all")
-    gpus: str | None = Field(None, description="GPU: devices of the ranks, e.g. '0-6'; null: all that are visible")
+    cores: NumberList | None = Field(None, description="CPU cores of the trainer, e.g. '1'; null: all")
+    gpus: NumberList | None = Field(
+        None, description="GPU: devices of the ranks, e.g. '0-6'; null: all that are visible"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
 
 
@@ -318,10 +330,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{key}: missing, and there is no default{_describe(location)}. Add it to the file or pass {key}=..."
     message = item["msg"][0].lower() + item["msg"][1:]
-    hint = ""
-    if item["type"] in ("float_type", "float_parsing") and isinstance(item["input"], str):
-        hint = " YAML reads 1e-6 as text: write 1.0e-6."
-    return f"{key}={item['input']!r}: {message}{_describe(location)}.{hint}"
+    return f"{key}={item['input']!r}: {message}{_describe(location)}."
 
 
 def check_arithmetic(config: Config) -> None:

@@ -4,6 +4,8 @@ A plain safetensors file (no pickle) in shared memory or on shared storage. The 
 shapes and bytes, so that it can be computed on either side from the tensors themselves and not from the file.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -56,16 +58,35 @@ def read_weights(path: str | Path, digest: Digest | None = None) -> Iterator[tup
             yield name, tensor
 
 
-def exchange_folder(run_name: str, need_bytes: int) -> Path:
-    """Make a private folder for the exchange files: in shared memory where that has room, else in the temporary one.
+class ExchangeFolder:
+    """A private folder for the exchange files of one run, in shared memory where that has the room, else in the temporary one.
 
-    The name is unique, so two runs at once never meet. The caller removes it.
+    Its name is unique and a lock marks it as in use, so that runs never meet; what a killed run left behind (its lock is
+    free) is removed by the next run on the machine.
     """
-    shared = Path("/dev/shm")
-    parent = None
-    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2 * need_bytes:
-        parent = str(shared)
-    return Path(tempfile.mkdtemp(prefix=f"fastreason-{run_name}-", dir=parent))
+
+    PREFIX, LOCK = "fastreason-", ".lock"
+
+    def __init__(
+        self, need_bytes: int, parents: tuple[Path, ...] = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    ) -> None:
+        usable = [p for p in parents if p.is_dir() and os.access(p, os.W_OK)]
+        for parent in usable:
+            self._sweep(parent)
+        parent = next((p for p in usable if shutil.disk_usage(p).free > 2 * need_bytes), usable[-1])
+        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
+        self._lock = open(self.path / self.LOCK, "w")  # noqa: SIM115 (held for as long as the folder)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    def _sweep(self, parent: Path) -> None:
+        for lock in parent.glob(f"{self.PREFIX}*/{self.LOCK}"):
+            with contextlib.suppress(OSError), open(lock, "r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def compare_held(

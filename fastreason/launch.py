@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -24,7 +25,10 @@ from fastreason.models import max_model_len, read_model_config, resolve_model
 from fastreason.processes import Child, spawn, tail
 from fastreason.session import SESSION_VARIABLE, Outcome, Session, read_outcome
 
-GRACE_S = 20.0
+if TYPE_CHECKING:
+    from fastreason.rollout.vllm import VllmServer
+
+ENGINE = "vLLM server"
 
 
 @dataclass(frozen=True)
@@ -192,19 +196,22 @@ def _display(config: Config, run_dir: Path) -> Iterator[None]:
 
 def _supervise(config: Config, run_dir: Path, decisions: Decisions, resume: bool, request: StopRequest) -> Outcome:
     """Start the processes, wait for the trainer, end everything."""
-    from fastreason.exchange import exchange_folder
+    from fastreason.exchange import ExchangeFolder
 
     model_dir = resolve_model(config.model)
     length = max_model_len(config, read_model_config(model_dir))
     num_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-    folder = Path(tempfile.mkdtemp(prefix="fastreason-"))
-    exchange = exchange_folder(run_dir.name, 2 * num_bytes)
+    folder = Path(tempfile.mkdtemp(prefix="fastreason-run-"))
+    exchange_folder = ExchangeFolder(2 * num_bytes)
+    exchange = exchange_folder.path
     children: list[Child] = []
     try:
         environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         engine_url = None
         if config.rollout.engine == "vllm":
-            engine_url = _start_engine(config, run_dir, decisions, model_dir, length, exchange, children, environment)
+            # Kept to the end, because it holds the port.
+            server = _start_engine(config, run_dir, decisions, model_dir, length, exchange, children, environment)
+            engine_url = server.url
         session = Session(
             folder=str(folder),
             run_dir=str(run_dir),
@@ -228,7 +235,9 @@ def _supervise(config: Config, run_dir: Path, decisions: Decisions, resume: bool
         # Ranks inherit no key: they never talk to an engine.
         trainer_environment = {k: v for k, v in environment.items() if not k.endswith("_KEY")}
         if decisions.device == "cuda" and config.train.gpus:
-            trainer_environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, parse_cores(config.train.gpus, "train.gpus")))
+            trainer_environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                map(str, parse_cores(config.train.gpus, "train.gpus"))
+            )
         trainer = spawn("trainer", trainer_command(config), _log(run_dir, "trainer"), trainer_environment)
         children.append(trainer)
         return _watch(config, session, trainer, children, request)
@@ -236,7 +245,7 @@ def _supervise(config: Config, run_dir: Path, decisions: Decisions, resume: bool
         for child in reversed(children):
             child.stop(grace_s=5.0)
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(exchange, ignore_errors=True)
+        exchange_folder.remove()
 
 
 def _start_engine(
@@ -248,7 +257,7 @@ def _start_engine(
     exchange: Path,
     children: list[Child],
     environment: dict[str, str],
-) -> str:
+) -> "VllmServer":
     from fastreason.rollout.vllm import VllmServer, new_key
     from fastreason.rollout.vllm_middleware import KEY_VARIABLE
 
@@ -265,7 +274,7 @@ def _start_engine(
         key=key,
     )
     children.append(server.start())
-    return server.url
+    return server
 
 
 def trainer_command(config: Config) -> list[str]:
@@ -308,6 +317,7 @@ def _watch(config: Config, session: Session, trainer: Child, children: list[Chil
         return outcomes[0]  # ranks that lost their peer at its end are no failure then
     errors = [outcome for outcome in outcomes if outcome is not None and outcome.error]
     if errors:
+        _explain_engine(errors, children)
         first = next((e for e in errors if not e.expected), errors[0])
         _raise_outcome(first, trainer)
     if outcomes[0] is None:
@@ -326,16 +336,29 @@ def _explain_death(session: Session, child: Child, trainer: Child) -> None:
     outcome = read_outcome(session.folder, child.name)
     if outcome is not None and outcome.error:
         _raise_outcome(outcome, child)
-    if child.name == "vLLM server":
-        from fastreason.rollout.vllm import explain_log
-
-        raise EngineError(
-            f"the vLLM server ended with exit code {child.exit_code}{_memory_hint(child.exit_code)}; "
-            f"{explain_log(child.log_path)}"
-        )
+    if child.name == ENGINE:
+        _raise_engine(child)
     raise FastreasonError(
         f"the {child.name} ended with exit code {child.exit_code}{_memory_hint(child.exit_code)}; the end of its log:\n"
         f"{tail(child.log_path)}\nfull log: {child.log_path}"
+    )
+
+
+def _explain_engine(errors: list[Outcome], children: list[Child]) -> None:
+    """Raise the engine's own end where the trainer's error was only that the engine did not answer any more."""
+    engine = next((child for child in children if child.name == ENGINE), None)
+    if engine is None or not any(ENGINE in str(outcome.error) for outcome in errors):
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        engine.process.wait(timeout=5.0)
+        _raise_engine(engine)
+
+
+def _raise_engine(child: Child) -> None:
+    from fastreason.rollout.vllm import explain_log
+
+    raise EngineError(
+        f"the {ENGINE} ended with exit code {child.exit_code}{_memory_hint(child.exit_code)}; {explain_log(child.log_path)}"
     )
 
 

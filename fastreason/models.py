@@ -8,6 +8,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -113,32 +115,48 @@ def _gguf_file(path: str) -> Path:
 
 
 def _convert_package(path: str) -> Path:
+    """The cached conversion of a package's weights; made once, in a process of its own that gives its memory back."""
     file = _gguf_file(path)
     distribution = path.removeprefix(PACKAGE_PREFIX)
     target = cache_folder() / f"{distribution}-{importlib.metadata.version(distribution)}-bf16"
     if (target / "config.json").is_file():
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"converting the weights of {distribution} once, into {target}")
+    code = "import sys; from fastreason.models import convert_gguf; convert_gguf(sys.argv[1], sys.argv[2])"
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(file), str(target)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if answer.returncode:
+        raise ModelError(f"model.path={path!r}: the conversion failed:\n{answer.stderr[-2000:]}")
+    return target
+
+
+def convert_gguf(file: str, target: str) -> None:
+    """Write the weights and tokenizer of a GGUF file as a bf16 Hugging Face folder, aside first."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    source, final = Path(file), Path(target)
+    aside = Path(tempfile.mkdtemp(prefix=f"{final.name}.", dir=final.parent))
     try:
         # Without dequantize=True the loaded model cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
+            source.parent,
+            gguf_file=source.name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
         model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(aside)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(aside)
         try:
-            os.rename(aside, target)
+            os.rename(aside, final)
         except OSError:
             # Another run has converted it in the meantime; theirs is as good.
-            if not (target / "config.json").is_file():
+            if not (final / "config.json").is_file():
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return target

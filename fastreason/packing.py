@@ -186,10 +186,9 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
                 mask_B1LL[line, 0, end : end + row.num_response, end : end + row.num_response] = True
             end += row.num_response
         if mask_B1LL is not None:
+            # Padding too: a query that saw nothing would be NaN.
             mask_B1LL[line, 0, :, first : first + len(prompt)] = True
     if mask_B1LL is not None:
-        # Every query sees itself: a line of padding that saw nothing would be NaN.
-        mask_B1LL |= torch.eye(width, dtype=torch.bool)
         mask_B1LL &= torch.ones(width, width, dtype=torch.bool).tril()
     rows = [row for unit in units for row in unit]
     repeats = torch.tensor([row.num_response for row in rows])

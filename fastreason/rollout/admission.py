@@ -10,7 +10,8 @@ or before at most (u + S - v) * B may be left behind: none at u = v - S, for whi
 for S > 1, young groups that finish first could take so many places that the old ones no longer fit.
 
 `accepted` counts the finished groups of the whole run, trained or not; a dropped group leaves it, so that its place can
-be filled again. A resumed run counts from the `trained` groups and the version that it starts with. Pure state: no clock, no I/O.
+be filled again. A resumed run counts from the `trained` groups and the version that it starts with. Pure state: no
+clock, no I/O.
 """
 
 from fastreason.types import Group

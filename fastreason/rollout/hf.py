@@ -24,9 +24,12 @@ class HfEngine:
         self.version = 0
 
     async def start(self) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         model = await asyncio.to_thread(AutoModelForCausalLM.from_pretrained, self._model_dir, dtype=self._dtype)
+        # A model's own sampling defaults (repetition penalty, min_p, ...) would change the distribution behind our back.
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
         self._model = model.to(self._device).eval()
 
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:

@@ -42,15 +42,16 @@ def new_key() -> str:
 def hold_port(port: int) -> socket.socket:
     """A socket bound to a loopback port (0: any free one), never listening: nobody else is given the port meanwhile.
 
-    vLLM binds with SO_REUSEPORT too, and so may share it.
+    Bound with SO_REUSEADDR like vLLM's own, which may then share it; with SO_REUSEPORT it could not.
     """
     hold = socket.socket()
-    hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     hold.bind((LOOPBACK, port))
     return hold
 
 
 def port_is_free(port: int) -> bool:
+    """Whether no socket listens there, or holds it without sharing."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -16,7 +16,7 @@ import msgspec
 from fastreason.errors import InterruptedWaitError, PeerLostError, StuckError
 from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
 
-MAX_MESSAGE_BYTES = 1 << 31
+SEND_TIMEOUT_S = 120.0
 
 
 class Start(msgspec.Struct, tag=True):
@@ -112,8 +112,15 @@ class Connection:
         self._sock, self._interrupted = sock, interrupted
 
     def send(self, message: Request) -> None:
+        # Waits only where the request is larger than the socket's buffers and the producer's event loop is busy.
+        self._sock.settimeout(SEND_TIMEOUT_S)
         try:
             self._sock.sendall(encode(message))
+        except TimeoutError as error:
+            raise StuckError(
+                f"waited {SEND_TIMEOUT_S:g} s for the producer to read a {type(message).__name__} request: it hangs. See "
+                "logs/producer.log in the run's folder."
+            ) from error
         except OSError as error:
             raise PeerLostError(f"the producer closed its connection: {error}") from error
 

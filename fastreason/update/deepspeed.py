@@ -7,6 +7,7 @@ What was learned on DeepSpeed 0.19:
 - gradient accumulation boundaries are set by hand, because the number of micro-batches varies from update to update.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from fastreason.packing import MicroBatch
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
+log = logging.getLogger(__name__)
+
 MAX_BUCKET = 200_000_000  # elements per reduction
 GATHER_BYTES = 512 << 20  # ZeRO-3: weights are gathered in buckets of about this size
 
@@ -37,16 +40,26 @@ def initialise_distributed(device: str) -> None:
 def deepspeed_config(
     train: TrainConfig, dtype: str, num_ranks: int, num_parameters: int = MAX_BUCKET
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run; gradient accumulation and the learning rate are not its business."""
+    """DeepSpeed's own configuration of a run; gradient accumulation and the learning rate are not its business.
+
+    bf16 at stage 0 runs as stage 1: without ZeRO, DeepSpeed sums the micro-batches in bf16, and makes an empty Adam step
+    at the start that spoils the bias correction.
+    """
+    stage = train.zero_stage
+    if dtype == "bfloat16" and stage == 0:
+        log.warning(
+            "train.zero_stage=0 with model.dtype=bfloat16 runs as stage 1: DeepSpeed has no fp32 sums without it"
+        )
+        stage = 1
     # DeepSpeed allocates its buckets whole, 500 million elements each unless told otherwise.
-    bucket = max(1_000_000, min(MAX_BUCKET, num_parameters))
+    bucket = max(1_000_000, min(MAX_BUCKET, num_parameters // 8))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": num_ranks,
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {
-            "stage": train.zero_stage,
+            "stage": stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
@@ -56,11 +69,9 @@ def deepspeed_config(
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
-        if train.zero_stage:
-            # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum. (Stage 0 sums in fp32 by itself
-            # and refuses the key.)
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if train.offload == "cpu" and train.zero_stage:
+        # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if train.offload == "cpu" and stage:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False
     return config
@@ -88,6 +99,7 @@ class DeepSpeedUpdater:
             model=policy, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks, num_parameters)
         )
         self._device = device
+        self._unwrapped = self.engine.optimizer is optimizer
 
     @torch.no_grad()
     def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
@@ -103,31 +115,36 @@ class DeepSpeedUpdater:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         outputs: list[PolicyLossOutput] = []
-        total = torch.zeros((), dtype=torch.float64)
+        total, norm = torch.zeros((), dtype=torch.float64), math.nan
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             output = self.engine(batch.to(self._device), spec, temperature)
             # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
             self.engine.backward(output.loss_sum * (self.num_ranks / denominator))
-            norm = self._unwrapped_grad_norm()
-            self.engine.step()
+            if self._unwrapped and number == len(batches) - 1:
+                norm = self._step_unwrapped()
+            else:
+                self.engine.step()
             outputs.append(output)
             total += output.loss_sum.detach().double().cpu()
         if self.num_ranks > 1:
             dist.all_reduce(total)
         self.num_done += 1
-        if norm is None:
+        if not self._unwrapped:
             norm = float(self.engine.get_global_grad_norm())
         return UpdateResult(
             outputs=outputs, loss=float(total) / denominator, grad_norm=norm, lr=rate, applied=math.isfinite(norm)
         )
 
-    def _unwrapped_grad_norm(self) -> float | None:
-        """The gradient norm before a step where DeepSpeed does not keep it (fp32 at stage 0 has no ZeRO optimizer)."""
-        if hasattr(self.engine.optimizer, "_global_grad_norm"):
-            return None
+    def _step_unwrapped(self) -> float:
+        """Step where DeepSpeed leaves the optimizer bare (fp32 at stage 0) and keeps no norm; skip what is not finite."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()

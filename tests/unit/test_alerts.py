@@ -18,6 +18,7 @@ HEALTHY = {
     "loss/kl": 0.01,
     "train/grad_norm": 0.5,
     "mismatch/logp_abs_mean": 0.01,
+    "rollout/staleness_max": 0.0,
 }
 
 
@@ -41,6 +42,10 @@ def feed(alerts, changes):
 
 def test_a_healthy_run_is_silent():
     assert feed(make_alerts(), [{}] * 20) == [[]] * 20
+
+
+def test_the_movement_of_the_policy_is_no_mismatch():
+    assert feed(make_alerts(), [{"mismatch/logp_abs_mean": 0.5, "rollout/staleness_max": 1.0}] * 5) == [[]] * 5
 
 
 # metric changes, steps in a row until it fires, a piece of the advice

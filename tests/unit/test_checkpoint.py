@@ -1,0 +1,110 @@
+"""Checkpoints: seen whole or not at all, the newest and the best kept, and errors in place of a wrong resume."""
+
+import json
+import math
+
+import pytest
+
+from fastreason.checkpoint import STATE_FILE, CheckpointStore, TrainerState, read_state
+from fastreason.errors import CheckpointError
+
+
+def state(step, score=0.0):
+    producer = {"cursor": {"position": step}, "again": [{"id": "p", "text": "é"}], "trained": 2 * step}
+    return TrainerState(
+        step=step, version=step, num_groups=2 * step, score=score, producer=producer, figures={"tokens": 1}
+    )
+
+
+def save(store, step, score=0.0):
+    (store.aside(step) / "updater").write_text(f"weights of {step}")
+    return store.commit(state(step, score))
+
+
+def names(store):
+    return [path.name for path in store.complete()]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path, keep_last=2, keep_best=True)
+
+
+def test_what_was_saved_comes_back(store):
+    path = save(store, 12, score=0.25)
+    assert path.name == "step-000012" and (path / "updater").read_text() == "weights of 12"
+    assert store.latest() == (path, state(12, 0.25))
+
+
+def test_a_score_of_nothing_yet_comes_back(store):
+    save(store, 1, -math.inf)
+    assert store.latest()[1].score == -math.inf
+
+
+def test_what_is_being_written_is_not_seen(store):
+    save(store, 1)
+    (store.aside(2) / "updater").write_text("half")
+    assert names(store) == ["step-000001"]
+    # Killed after the state was written, before the renaming.
+    (store.folder / "step-000002.writing" / STATE_FILE).write_text(json.dumps(vars(state(2))))
+    assert names(store) == ["step-000001"] and store.latest()[1].step == 1
+
+
+def test_a_folder_without_its_state_is_not_seen(store):
+    save(store, 1)
+    (store.folder / "step-000003").mkdir()
+    assert store.latest()[1].step == 1
+
+
+def test_writing_aside_starts_empty(store):
+    (store.aside(2) / "left over").touch()
+    assert list(store.aside(2).iterdir()) == []
+
+
+def test_a_step_saved_again_replaces_the_former(store):
+    save(store, 1, 0.1)
+    path = save(store, 1, 0.9)
+    assert names(store) == ["step-000001"] and read_state(path).score == 0.9
+
+
+def test_the_newest_are_kept_and_the_best(store):
+    for step, score in enumerate([0.1, 0.9, 0.3, 0.2, 0.4], start=1):
+        save(store, step, score)
+    assert names(store) == ["step-000002", "step-000004", "step-000005"]
+    save(store, 6, 0.95)
+    assert names(store) == ["step-000005", "step-000006"]
+
+
+def test_without_the_best_only_the_newest_are_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=1, keep_best=False)
+    for step, score in enumerate([0.9, 0.1, 0.2], start=1):
+        save(store, step, score)
+    assert names(store) == ["step-000003"]
+
+
+def test_the_newest_is_the_highest_step_not_the_last_written(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=9, keep_best=False)
+    for step in (10, 100, 9):
+        save(store, step)
+    assert store.latest()[1].step == 100
+
+
+def test_nothing_to_resume_from_says_when_runs_save(store):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint to resume from.*checkpoint\.every"):
+        store.latest()
+
+
+def test_another_format_is_refused(store):
+    path = save(store, 1)
+    raw = json.loads((path / STATE_FILE).read_text())
+    (path / STATE_FILE).write_text(json.dumps({**raw, "format": 2}))
+    with pytest.raises(CheckpointError, match=r"step-000001: checkpoint format 2, this version reads 1"):
+        store.latest()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', '{"format": 1, "unheard": 2}'])
+def test_a_state_that_cannot_be_read_is_named(store, text):
+    path = save(store, 1)
+    (path / STATE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="step-000001"):
+        store.latest()

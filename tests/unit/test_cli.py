@@ -1,0 +1,176 @@
+"""The command line as a user meets it: help, exit codes, and a dry run that touches nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastreason import cli
+from fastreason.checkpoint import CheckpointStore, TrainerState
+from fastreason.config import load_config
+from fastreason.errors import ConfigError, EngineError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A config file in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    raw = {
+        "model": {"path": "model"},
+        "data": {"task": "chain_sum", "num_prompts": 20},
+        "rollout": {"engine": "fake"},
+        "train": {"steps": 3, "prompts_per_step": 2},
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_the_help_lists_the_commands_and_not_the_hidden_one(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "train" in text and "doctor" in text and "fastreason train configs/quickstart.yaml" in text
+    assert "_process" not in text and "SUPPRESS" not in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_the_help_of_train_names_its_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("--dry-run", "--resume", "key=value", "quickstart.yaml"))
+
+
+def test_no_command_is_bad_input(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2 and "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "give a config file"),
+        (["train", "none.yaml"], "'none.yaml' does not exist"),
+        (["train", "c.yaml", "train.lr"], "'train.lr' is not of the form section.key=value"),
+        (["train", "c.yaml", "train.steps=0"], "train.steps=0"),
+        (["train", "c.yaml", "trian.steps=1"], "did you mean 'train'"),
+        (["train", "c.yaml", "model.path=./none", "--dry-run"], "model.path='./none'"),
+        (["train", "c.yaml", "data.task=none"], "data.task='none'"),
+        (["train", "--resume", "none"], "--resume none: no run there"),
+        (["train", "c.yaml", "eval.num_prompts=20"], "eval.num_prompts=20"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_clear_message(config, capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and message in printed.err
+    assert "Traceback" not in printed.err
+    assert not Path("runs").exists(), "a run that never started left a folder"
+
+
+def test_unknown_options_are_bad_input(config, capsys):
+    for others in (["--dryrun"], ["--dry-run", "stray"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["train", "c.yaml", *others])
+        assert caught.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("bad"), 2), (EngineError("broke"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_each_kind_of_end_has_its_exit_code(config, monkeypatch, capsys, error, code):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(cli, "train_command", fail)
+    assert cli.main(["train", "c.yaml"]) == code
+    if code != 130:
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_dry_run_prints_a_config_that_loads_again(config, capsys, tmp_path):
+    assert cli.main(["train", "c.yaml", "train.lr=1e-5", "--dry-run", "rollout.max_staleness=0"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(text)
+    again = load_config("again.yaml")
+    assert again == load_config("c.yaml", ["train.lr=1e-5", "rollout.max_staleness=0"])
+    assert "# step: 2 prompts x 8 samples = 16 completions" in text and "# device: cpu" in text
+
+
+def test_a_dry_run_makes_no_folder(config):
+    before = sorted(Path().rglob("*"))
+    assert cli.main(["train", "c.yaml", "--dry-run"]) == 0
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_dry_run_loads_neither_engine_nor_updater_and_opens_no_connection(config):
+    code = """
+import socket, sys
+def refuse(*a, **k):
+    raise AssertionError("opened a connection")
+socket.socket.connect = socket.getaddrinfo = refuse
+from fastreason.cli import main
+code = main(["train", "c.yaml", "--dry-run", "data.source=hub", "data.path=some/data", "model.path=some/model"])
+print("LOADED", code, sorted({"vllm", "deepspeed", "transformers", "datasets"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100, cwd=config.parent, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["LOADED 0 []"], done.stderr[-2000:]
+    assert "# unchecked, because it may need the network: model.path='some/model'" in done.stdout
+
+
+def finished_run(folder, steps_done):
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text((folder / "c.yaml").read_text())
+    store = CheckpointStore(run, keep_last=1, keep_best=False)
+    store.aside(steps_done)
+    state = TrainerState(step=steps_done, version=steps_done, num_groups=2 * steps_done, score=0.0, producer={})
+    store.commit(state)
+    return run
+
+
+def test_a_finished_run_is_not_resumed_but_may_be_longer(config, capsys):
+    run = finished_run(config.parent, steps_done=3)
+    assert cli.main(["train", "--resume", "run"]) == 2
+    assert "at step 3 of train.steps=3: it is finished" in capsys.readouterr().err
+    before = (run / "config.yaml").read_text()
+    assert cli.main(["train", "--resume", "run", "train.steps=5", "--dry-run"]) == 0
+    assert "\n  steps: 5\n" in capsys.readouterr().out
+    assert (run / "config.yaml").read_text() == before, "a dry run changed the run"
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(config, capsys):
+    (config.parent / "run").mkdir()
+    (config.parent / "run" / "config.yaml").write_text(config.read_text())
+    assert cli.main(["train", "--resume", "run"]) == 1
+    assert "no complete checkpoint to resume from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+def test_every_shipped_config_passes_a_dry_run(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
+    if len(cores) < 2 and "cores:" in path.read_text():
+        pytest.skip("the recipe names two cores, and this process may use one")
+    assert cli.main(["train", str(path.relative_to(ROOT)), "--dry-run"]) == 0, capsys.readouterr().err
+    assert path.read_text().startswith("# "), "a recipe opens with one sentence and the result to expect"
+
+
+def test_there_are_configs_to_check():
+    assert "quickstart.yaml" in {path.name for path in CONFIGS}

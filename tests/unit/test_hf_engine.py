@@ -1,0 +1,144 @@
+"""transformers' generate behind the Engine protocol, with a tiny model: seeds, log-probabilities, weights, busy time."""
+
+import asyncio
+import json
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastreason.errors import EngineError
+from fastreason.exchange import write_weights
+from fastreason.rollout.busy import BusyClock
+from fastreason.rollout.hf import HfEngine
+from fastreason.types import SamplingParams, WeightUpdate
+
+PROMPT = [5, 6, 7]
+PARAMS = SamplingParams(n=4, temperature=0.7, max_new_tokens=12, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def engine(folder):
+    made = HfEngine(str(folder), "float32", "cpu")
+    asyncio.run(made.start())
+    return made
+
+
+def generate(made, params=PARAMS):
+    return asyncio.run(made.generate("r", PROMPT, params))
+
+
+def expected_logp(folder, token_ids, temperature):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    logits_TV = model(torch.tensor([PROMPT + token_ids])).logits[0, len(PROMPT) - 1 : -1]
+    return (logits_TV / temperature).log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).squeeze(1)
+
+
+def check(folder, completions, temperature=0.7):
+    for completion in completions:
+        expected = expected_logp(folder, completion.token_ids, temperature)
+        torch.testing.assert_close(torch.tensor(completion.logp).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_log_probabilities_are_those_of_the_sampled_tokens(folder):
+    completions = generate(engine(folder))
+    assert len(completions) == 4 and {c.finish_reason for c in completions} <= {"stop", "length"}
+    for completion in completions:
+        ids = completion.token_ids
+        assert 1 not in ids[:-1], "a token after the end"
+        assert (completion.finish_reason == "stop") == (ids[-1] == 1) and (len(ids) == 12 or ids[-1] == 1)
+        assert completion.token_versions == [0] * len(ids)
+    check(folder, completions)
+
+
+def test_sampling_defaults_of_the_model_do_not_change_the_distribution(folder, tmp_path):
+    """The trainer knows nothing of a repetition penalty that stands in a model's own generation_config.json."""
+    import shutil
+
+    path = tmp_path / "m"
+    shutil.copytree(folder, path)
+    keys = {"eos_token_id": 1, "pad_token_id": 0, "repetition_penalty": 1.5, "top_k": 3, "min_p": 0.2, "top_p": 0.5}
+    (path / "generation_config.json").write_text(json.dumps({**keys, "do_sample": True, "no_repeat_ngram_size": 1}))
+    check(path, generate(engine(path)))
+
+
+def test_a_seed_gives_the_same_again_and_another_something_else(folder):
+    made = engine(folder)
+    first = generate(made)
+    assert generate(made) == first
+    assert len({tuple(c.token_ids) for c in first}) > 1
+    assert generate(made, SamplingParams(n=4, temperature=0.7, max_new_tokens=12, seed=4)) != first
+
+
+def test_scores_are_log_probabilities_at_temperature_one(folder):
+    scores = asyncio.run(engine(folder).score([*PROMPT, 8, 9]))
+    assert scores[2:] == pytest.approx(expected_logp(folder, [8, 9], 1.0).tolist(), rel=1e-4)
+    assert len(scores) == 4
+
+
+def weights(folder, path, change=lambda named: None):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    named = {name: p.detach() * 0.5 for name, p in model.named_parameters()}
+    change(named)
+    digest = write_weights(path, named)
+    return WeightUpdate(path=str(path), version=2, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
+
+
+def test_new_weights_are_held_and_stamped(folder, tmp_path):
+    made = engine(folder)
+    before = generate(made)
+    update = weights(folder, tmp_path / "w.safetensors")
+    report = asyncio.run(made.load_weights(update))
+    assert (report.version, report.checksum, report.held_bytes) == (2, update.checksum, update.num_bytes)
+    after = generate(made)
+    assert after != before and {v for c in after for v in c.token_versions} == {2}
+
+
+def test_weights_of_another_model_or_another_checksum_are_refused(folder, tmp_path):
+    made = engine(folder)
+    update = weights(folder, tmp_path / "w.safetensors", lambda named: named.update(other=torch.zeros(1)))
+    with pytest.raises(EngineError, match=r"no parameters named \['other'\]"):
+        asyncio.run(made.load_weights(update))
+    update = weights(folder, tmp_path / "w.safetensors")
+    weights(folder, tmp_path / "w.safetensors", lambda named: named["model.norm.weight"].add_(1))
+    with pytest.raises(EngineError, match="checksum"):
+        asyncio.run(made.load_weights(update))
+    assert made.version == 0
+
+
+def test_the_busy_clock_counts_overlapping_work_once():
+    clock = BusyClock()
+    assert clock.take() == 0.0
+    started = time.perf_counter()
+    with clock:
+        time.sleep(0.02)
+        with clock:
+            time.sleep(0.02)
+        first = clock.take()
+        time.sleep(0.02)
+    busy_s = time.perf_counter() - started
+    time.sleep(0.05)
+    second = clock.take()
+    assert first >= 0.04 and second >= 0.02
+    assert first + second <= busy_s, "overlapping work counted twice, or idle time counted"
+    assert clock.take() == 0.0

@@ -1,0 +1,206 @@
+"""What the launcher checks before anything heavy starts, and how it names and keeps run folders."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from fastreason import launch
+from fastreason.config import load_config, parse_config
+from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
+from fastreason.launch import (
+    StopRequest,
+    check_prompts_offline,
+    choose_device,
+    make_run_dir,
+    preflight,
+    trainer_command,
+    write_config,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A config that passes every check, with changes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+
+    def make_config(**sections):
+        raw = {
+            "run": {"dir": str(tmp_path / "runs")},
+            "model": {"path": str(folder)},
+            "data": {"task": "chain_sum", "num_prompts": 20},
+            "rollout": {"engine": "fake"},
+            "train": {"steps": 1, "prompts_per_step": 2, "device": "cpu"},
+        }
+        for name, keys in sections.items():
+            raw[name] = {**raw.get(name, {}), **keys}
+        return parse_config(raw)
+
+    return make_config
+
+
+def test_a_config_that_is_right_passes(make):
+    decisions, unchecked = preflight(make())
+    assert (decisions.device, decisions.attention, decisions.liger) == ("cpu", "sdpa", False)
+    assert unchecked == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"data": {"task": "chain_sums"}}, ConfigError, r"data\.task='chain_sums'.*did you mean 'chain_sum"),
+        ({"data": {"task_args": {"terms": 2}}}, ConfigError, r"data\.task_args\.terms.*min_terms"),
+        ({"data": {"source": "file", "path": "/no/file.jsonl"}}, DataError, r"data\.path='/no/file\.jsonl'"),
+        ({"model": {"path": "/no/model"}}, ModelError, r"model\.path='/no/model': there is no such folder"),
+        ({"algorithm": {"name": "gropo"}}, ConfigError, r"algorithm\.name='gropo'.*Did you mean 'grpo'"),
+        (
+            {"reward": {"functions": {"maths": 1.0}}},
+            ConfigError,
+            r"'maths', which is not a reward; did you mean 'math'",
+        ),
+        ({"reward": {"functions": {"no.module:f": 1.0}}}, ConfigError, r"importing 'no\.module' failed"),
+        (
+            {"model": {"attn_implementation": "flash_attention_2"}},
+            ConfigError,
+            r"model\.attn_implementation=flash_attention_2: the device is not a GPU",
+        ),
+        ({"model": {"liger": "on"}}, ConfigError, r"model\.liger=on: the device is not a GPU"),
+        ({"rollout": {"cores": "8000"}}, ConfigError, r"rollout\.cores='8000': core\(s\) \[8000\] are not available"),
+        ({"train": {"cores": "8000"}}, ConfigError, r"train\.cores='8000'"),
+        ({"train": {"cores": "one"}}, ConfigError, r"train\.cores='one'"),
+        ({"train": {"device": "cuda"}}, ConfigError, r"train\.device=cuda: no NVIDIA GPU"),
+        ({"rollout": {"max_new_tokens": 2000}}, ConfigError, r"max_position_embeddings=2048"),
+    ],
+)
+def test_what_cannot_work_is_found_before_a_model_loads(make, sections, error, message):
+    with pytest.raises(error, match=message):
+        preflight(make(**sections))
+
+
+def test_a_missing_column_is_found_before_a_model_loads(make, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    with pytest.raises(DataError, match=r"data\.problem_column='problem'.*question"):
+        preflight(make(data={"source": "file", "path": str(path), "task": None}))
+    preflight(make(data={"source": "file", "path": str(path), "task": None, "problem_column": "question"}))
+
+
+def test_vllm_that_is_not_installed_says_what_to_do(make, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm: vllm is not installed.*make setup.*engine=hf"):
+        preflight(make(rollout={"engine": "vllm"}))
+
+
+def test_what_may_need_the_network_is_listed_not_looked_up(make, monkeypatch):
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("looked on the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    config = make(data={"source": "hub", "path": "some/data", "task": None}, model={"path": "some/model"})
+    _, unchecked = preflight(config)
+    assert len(unchecked) == 2 and "some/data" in unchecked[0] and "some/model" in unchecked[1]
+
+
+def test_problems_that_the_reward_cannot_judge_are_found_offline(make, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "1 + 1"}\n{"problem": "1 + 2"}\n')
+    data = {"source": "file", "path": str(path), "task": None, "answer_column": None}
+    with pytest.raises(ConfigError, match="no gold answer"):
+        check_prompts_offline(make(data=data))
+    with pytest.raises(ConfigError, match=r"eval\.num_prompts=20"):
+        check_prompts_offline(make(eval={"num_prompts": 20}))
+    check_prompts_offline(make(eval={"num_prompts": 5}))
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "gpu"),
+    [(True, None, True), (True, "0,1", True), (True, "", False), (True, "-1", False), (False, None, False)],
+)
+def test_auto_is_a_gpu_where_the_driver_shows_one(monkeypatch, driver, visible, gpu):
+    monkeypatch.setattr(Path, "exists", lambda self: driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert choose_device("auto") == ("cuda" if gpu else "cpu")
+    assert choose_device("cpu") == "cpu"
+    if gpu:
+        assert choose_device("cuda") == "cuda"
+    else:
+        with pytest.raises(ConfigError, match=r"train\.device=cuda"):
+            choose_device("cuda")
+
+
+# Folders
+
+
+def test_a_run_never_shares_a_folder(make):
+    first = make_run_dir(make(run={"name": "a"}))
+    assert first.is_dir() and first.name == "a" and first.is_absolute()
+    (first / "metrics.jsonl").write_text("precious")
+    with pytest.raises(ConfigError, match=r"run\.name='a': .* exists already.*run\.on_exists=number.*--resume .*/a"):
+        make_run_dir(make(run={"name": "a"}))
+    assert (first / "metrics.jsonl").read_text() == "precious"
+
+
+def test_runs_are_numbered_on_wish(make):
+    config = make(run={"name": "a", "on_exists": "number"})
+    assert [make_run_dir(config).name for _ in range(3)] == ["a", "a-2", "a-3"]
+
+
+def test_a_file_of_that_name_is_in_the_way_too(make, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        make_run_dir(make(run={"name": "a"}))
+
+
+def test_the_config_of_a_run_loads_again(make):
+    config = make()
+    folder = make_run_dir(config)
+    write_config(config, folder)
+    assert load_config(folder / "config.yaml") == config
+
+
+def test_the_ranks_start_under_the_elastic_launcher_on_loopback(make):
+    command = trainer_command(make(train={"ranks": 2}))
+    assert "--nproc-per-node=2" in command and "--rdzv-endpoint=127.0.0.1:0" in command
+    assert command[-2:] == ["_process", "trainer"]
+
+
+# Stopping
+
+
+def test_the_first_signal_asks_and_the_second_insists():
+    request = StopRequest()
+    assert request.number is None and not request.urgent
+    request(signal.SIGTERM, None)
+    assert not request.urgent and request.exit_code == 143
+    request(signal.SIGINT, None)
+    assert request.urgent and request.exit_code == 143, "the exit code is that of the first"
+
+
+@pytest.mark.parametrize(("code", "hint"), [(-9, True), (137, True), (1, False), (-15, False), (None, False)])
+def test_a_killed_process_most_likely_ran_out_of_memory(code, hint):
+    assert ("out of memory" in launch._memory_hint(code)) is hint
+
+
+def test_the_errors_of_a_run_are_caught_by_their_base():
+    for error in (ConfigError, DataError, ModelError):
+        assert issubclass(error, FastreasonError) and issubclass(error, ValueError)

