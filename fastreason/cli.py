@@ -10,7 +10,7 @@ from fastreason.errors import ConfigError, DataError, FastreasonError, ModelErro
 
 if TYPE_CHECKING:
     from fastreason.config import Config
-    from fastreason.launch import Decisions
+    from fastreason.preflight import Decisions
 
 EPILOG = """\
 examples:
@@ -75,13 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train_command(options: argparse.Namespace) -> int:
     from fastreason.config import batch_derivation, load_config
-    from fastreason.launch import check_prompts_offline, launch, make_run_dir, preflight, write_config
+    from fastreason.launch import launch, make_run_dir, write_config
+    from fastreason.preflight import anchor_paths, check_prompts_offline, preflight
 
     if options.resume:
         return resume_command(options)
     if not options.config:
         raise ConfigError("train: give a config file, e.g. fastreason train configs/quickstart.yaml (or --resume RUN).")
-    config = load_config(options.config, options.overrides)
+    config = anchor_paths(load_config(options.config, options.overrides))
     decisions, unchecked = preflight(config)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
@@ -106,7 +107,8 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
 def resume_command(options: argparse.Namespace) -> int:
     from fastreason.checkpoint import CheckpointStore
     from fastreason.config import load_config
-    from fastreason.launch import launch, preflight, write_config
+    from fastreason.launch import launch, write_config
+    from fastreason.preflight import preflight
 
     run_dir = Path(options.resume).resolve()
     if not (run_dir / "config.yaml").is_file():

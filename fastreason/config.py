@@ -189,7 +189,7 @@ class TrainConfig(Section):
     )
     skip_zero_advantage: bool = Field(
         True,
-        description="leave out sequences whose every gradient coefficient is zero; the loss stays exactly the same",
+        description="leave out sequences without any gradient: the loss stays the same, the loss/* figures leave them out too",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
     offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")

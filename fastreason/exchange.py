@@ -74,9 +74,14 @@ class ExchangeFolder:
         for parent in usable:
             self._sweep(parent)
         parent = next((p for p in usable if shutil.disk_usage(p).free > 2 * need_bytes), usable[-1])
-        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
-        self._lock = open(self.path / self.LOCK, "w")  # noqa: SIM115 (held for as long as the folder)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
+            self._lock = open(self.path / self.LOCK, "w")  # noqa: SIM115 (held for as long as the folder)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if (self.path / self.LOCK).exists():
+                return
+            # Another run's sweep took the folder between its making and its locking.
+            self._lock.close()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -1,7 +1,6 @@
 """The launcher: checks a run, makes its folder, starts its processes, watches them, and ends them all, come what may."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError, EngineError, FastreasonError, StuckError
 from fastreason.metrics import read_summary, write_summary
 from fastreason.models import max_model_len, read_model_config, resolve_model
+from fastreason.preflight import Decisions
 from fastreason.processes import Child, spawn, tail
 from fastreason.session import SESSION_VARIABLE, Outcome, Session, read_outcome
 
@@ -29,75 +28,6 @@ if TYPE_CHECKING:
     from fastreason.rollout.vllm import VllmServer
 
 ENGINE = "vLLM server"
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """What `auto` means on this machine."""
-
-    device: str
-    attention: str
-    liger: bool
-
-
-def preflight(config: Config) -> tuple[Decisions, list[str]]:
-    """Every check that can fail before a model loads; returns the decisions and what stays unchecked offline.
-
-    Raises ConfigError, DataError or ModelError with the key, the value, what is allowed and what to do.
-    """
-    import importlib.util
-
-    from fastreason.algorithms import resolve_algorithm
-    from fastreason.cores import require_cores
-    from fastreason.data import check_data
-    from fastreason.models import check_model
-    from fastreason.policy import choose_attention, choose_layout, choose_liger
-    from fastreason.rewards import resolve_rewards
-
-    device = choose_device(config.train.device)
-    resolve_algorithm(config)
-    resolve_rewards(config.reward)
-    for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
-        if cores:
-            require_cores(cores, key)
-    for key, gpus in (("rollout.gpus", config.rollout.gpus), ("train.gpus", config.train.gpus)):
-        if gpus:
-            parse_cores(gpus, key)
-    flash = importlib.util.find_spec("flash_attn") is not None
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    decisions = Decisions(
-        device=device,
-        attention=choose_attention(config.model.attn_implementation, device, flash),
-        liger=choose_liger(config.model.liger, device, liger),
-    )
-    choose_layout(config.train.share_prompts, decisions.attention, device)
-    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "
-            "or use rollout.engine=hf."
-        )
-    unchecked = check_data(config.data) + check_model(config.model)
-    if Path(config.model.path).is_dir():
-        max_model_len(config, read_model_config(config.model.path))
-    return decisions, unchecked
-
-
-def check_prompts_offline(config: Config) -> None:
-    """Load and split the problems, so that an empty or too small data set fails before a model loads."""
-    from fastreason.data import load_problems, split_held_out
-    from fastreason.rewards import check_prompts, resolve_rewards
-
-    problems = load_problems(config.data)
-    check_prompts(resolve_rewards(config.reward), problems)
-    split_held_out(problems, config.eval.num_prompts, config.data.seed)
-
-
-def choose_device(wanted: str) -> str:
-    """auto: cuda where the driver shows a GPU; asked without torch, which would take seconds to import."""
-    has_gpu = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
-    if wanted == "cuda" and not has_gpu:
-        raise ConfigError("train.device=cuda: no NVIDIA GPU is visible on this machine. Use auto or cpu.")
-    return wanted if wanted != "auto" else ("cuda" if has_gpu else "cpu")
 
 
 def make_run_dir(config: Config) -> Path:

@@ -1,4 +1,4 @@
-"""A deterministic engine without a model, for tests and dry runs: its tokens depend only on seed, prompt and version.
+"""A deterministic engine without a model, for tests and dry runs: its tokens depend only on seed and prompt.
 
 It never stands in for a real engine in a claim. Tokens are drawn uniformly from a fixed set, so their log-probability is
 known exactly; nothing is learned from it unless the reward function looks at the tokens.

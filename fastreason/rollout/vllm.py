@@ -11,7 +11,6 @@ What was learned on vLLM 0.28:
 
 import asyncio
 import math
-import os
 import re
 import secrets
 import socket
@@ -23,7 +22,7 @@ from typing import Any
 import aiohttp
 
 from fastreason.config import RolloutConfig
-from fastreason.cores import parse_cores
+from fastreason.cores import available_cores, parse_cores
 from fastreason.errors import EngineError
 from fastreason.processes import Child, spawn
 from fastreason.rollout.engine import sample_seed
@@ -32,6 +31,7 @@ from fastreason.rollout.vllm_worker import EXCHANGE_VARIABLE
 from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdate
 
 LOOPBACK = "127.0.0.1"
+RESUME_ATTEMPTS = 5
 
 
 def new_key() -> str:
@@ -105,7 +105,7 @@ def server_environment(config: RolloutConfig, *, key: str, exchange_dir: str, de
     }
     if device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(config.kv_cache_gib))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or f"0-{(os.cpu_count() or 1) - 1}"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or ",".join(map(str, available_cores()))
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif config.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, parse_cores(config.gpus, "rollout.gpus")))
@@ -285,7 +285,7 @@ class VllmEngine:
             self.version = update.version
             await self._post("/reset_prefix_cache")
         finally:
-            await self._post("/resume")
+            await self._resume()
         ended = time.perf_counter()
         return LoadReport(
             version=update.version,
@@ -296,6 +296,17 @@ class VllmEngine:
             load_s=max(report["load_s"] for report in reports),
             total_s=ended - started,
         )
+
+    async def _resume(self) -> None:
+        """Resume, whatever happened: the server closes the connections on which it answered with an error."""
+        for attempt in range(RESUME_ATTEMPTS):
+            try:
+                await self._post("/resume")
+                return
+            except EngineError:
+                if attempt == RESUME_ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(0.1)
 
     def _mark_running(self, tokens_before: dict[str, int], version: int) -> None:
         """From here on the requests in flight sample with `version`.

@@ -40,6 +40,7 @@ class WeightWorker:
         }
         self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
         model = self.model_runner.get_model()
+        repack_embeddings(model)
         fused = getattr(model, "packed_modules_mapping", {})
         held_bytes, different = compare_held(model.named_parameters(), sent, fused)
         if different:
@@ -51,3 +52,15 @@ class WeightWorker:
             "load_s": time.perf_counter() - started,
             "tokens_before": tokens_before,
         }
+
+
+def repack_embeddings(model: Any) -> None:
+    """Make the packed copies of embeddings and heads anew from their weights.
+
+    On a CPU vLLM multiplies by a copy that it packed at start-up, and `reload_weights` packs again only where a weight of
+    that very module was loaded. A tied head has none of its own: it would go on with the weights of the start.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
+            module.quant_method.process_weights_after_loading(module)

@@ -48,11 +48,11 @@ ALLOWED = {
     "update": MEANING | PLUMBING | {"policy"},
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "offline", "evaluate"), PARTS | PROTOCOLS),
-    **dict.fromkeys(("cli", "launch", "compose"), EVERYTHING),
+    **dict.fromkeys(("cli", "preflight", "launch", "compose"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "launch", "compose"}
+CHOOSERS = {"cli", "preflight", "launch", "compose"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}

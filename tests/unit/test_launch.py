@@ -9,15 +9,8 @@ import pytest
 from fastreason import launch
 from fastreason.config import load_config, parse_config
 from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
-from fastreason.launch import (
-    StopRequest,
-    check_prompts_offline,
-    choose_device,
-    make_run_dir,
-    preflight,
-    trainer_command,
-    write_config,
-)
+from fastreason.launch import StopRequest, make_run_dir, trainer_command, write_config
+from fastreason.preflight import anchor_paths, check_prompts_offline, choose_device, preflight
 
 
 @pytest.fixture(autouse=True)
@@ -204,3 +197,13 @@ def test_a_killed_process_most_likely_ran_out_of_memory(code, hint):
 def test_the_errors_of_a_run_are_caught_by_their_base():
     for error in (ConfigError, DataError, ModelError):
         assert issubclass(error, FastreasonError) and issubclass(error, ValueError)
+
+
+def test_local_paths_become_absolute_and_names_stay(make, tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    config = make(data={"source": "file", "path": "data.jsonl"}, model={"path": "model"})
+    monkeypatch.chdir(tmp_path)
+    anchored = anchor_paths(config)
+    assert (anchored.model.path, anchored.data.path) == (str(tmp_path / "model"), str(tmp_path / "data.jsonl"))
+    hub = make(data={"source": "hub", "path": "owner/data"}, model={"path": "owner/model"})
+    assert anchor_paths(hub) == hub

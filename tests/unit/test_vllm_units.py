@@ -293,12 +293,27 @@ def test_without_a_key_the_server_does_not_start(monkeypatch, value):
 # Loading weights
 
 
+class PackedHead:
+    """A tied head on a CPU: multiplies by a copy packed at start-up, which only its quant_method makes anew."""
+
+    def __init__(self):
+        self.weight = torch.ones(2, 2)
+        self.cpu_linear = object()
+        self.num_packed = 0
+        self.quant_method = SimpleNamespace(process_weights_after_loading=self.pack)
+
+    def pack(self, module):
+        assert module is self
+        self.num_packed += 1
+
+
 class Runner:
     """vLLM's model runner as far as it is used: it fuses q and k on loading; `spoil` changes what arrived."""
 
     def __init__(self, spoil=False):
         self.requests = {"generate-tokens-t1.0-ab": SimpleNamespace(output_token_ids=[1, 2, 3])}
         self._held, self._spoil = {}, spoil
+        self.head = PackedHead()
 
     def reload_weights(self, weights_iterator):
         named = dict(weights_iterator)
@@ -308,7 +323,9 @@ class Runner:
 
     def get_model(self):
         return SimpleNamespace(
-            packed_modules_mapping={"qk": ["q", "k"]}, named_parameters=lambda: iter(self._held.items())
+            packed_modules_mapping={"qk": ["q", "k"]},
+            named_parameters=lambda: iter(self._held.items()),
+            modules=lambda: [self.head],
         )
 
 
@@ -342,6 +359,13 @@ def test_weights_are_loaded_proved_and_reported(exchange):
         "held_bytes": 8 * 4,
         "tokens_before": {"generate-tokens-t1.0-ab": 3},
     }
+
+
+def test_a_packed_tied_head_is_packed_again(exchange):
+    path = exchange / "w.safetensors"
+    loading = worker()
+    loading.fastreason_load(str(path), publish(path))
+    assert loading.model_runner.head.num_packed == 1
 
 
 def test_a_file_outside_the_exchange_folder_is_refused(exchange, tmp_path, monkeypatch):

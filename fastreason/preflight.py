@@ -1,0 +1,88 @@
+"""What is checked and decided before a run makes a folder, starts a process or loads a model."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastreason.config import Config
+from fastreason.cores import parse_cores
+from fastreason.errors import ConfigError
+from fastreason.models import max_model_len, read_model_config
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What `auto` means on this machine."""
+
+    device: str
+    attention: str
+    liger: bool
+
+
+def preflight(config: Config) -> tuple[Decisions, list[str]]:
+    """Every check that can fail before a model loads; returns the decisions and what stays unchecked offline.
+
+    Raises ConfigError, DataError or ModelError with the key, the value, what is allowed and what to do.
+    """
+    from fastreason.algorithms import resolve_algorithm
+    from fastreason.cores import require_cores
+    from fastreason.data import check_data
+    from fastreason.models import check_model
+    from fastreason.policy import choose_attention, choose_layout, choose_liger
+    from fastreason.rewards import resolve_rewards
+
+    device = choose_device(config.train.device)
+    resolve_algorithm(config)
+    resolve_rewards(config.reward)
+    for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
+        if cores:
+            require_cores(cores, key)
+    for key, gpus in (("rollout.gpus", config.rollout.gpus), ("train.gpus", config.train.gpus)):
+        if gpus:
+            parse_cores(gpus, key)
+    flash = importlib.util.find_spec("flash_attn") is not None
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    decisions = Decisions(
+        device=device,
+        attention=choose_attention(config.model.attn_implementation, device, flash),
+        liger=choose_liger(config.model.liger, device, liger),
+    )
+    choose_layout(config.train.share_prompts, decisions.attention, device)
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "
+            "or use rollout.engine=hf."
+        )
+    unchecked = check_data(config.data) + check_model(config.model)
+    if Path(config.model.path).is_dir():
+        max_model_len(config, read_model_config(config.model.path))
+    return decisions, unchecked
+
+
+def check_prompts_offline(config: Config) -> None:
+    """Load and split the problems, so that an empty or too small data set fails before a model loads."""
+    from fastreason.data import load_problems, split_held_out
+    from fastreason.rewards import check_prompts, resolve_rewards
+
+    problems = load_problems(config.data)
+    check_prompts(resolve_rewards(config.reward), problems)
+    split_held_out(problems, config.eval.num_prompts, config.data.seed)
+
+
+def choose_device(wanted: str) -> str:
+    """auto: cuda where the driver shows a GPU; asked without torch, which would take seconds to import."""
+    has_gpu = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("train.device=cuda: no NVIDIA GPU is visible on this machine. Use auto or cpu.")
+    return wanted if wanted != "auto" else ("cuda" if has_gpu else "cpu")
+
+
+def anchor_paths(config: Config) -> Config:
+    """The config with its local model and data paths made absolute, so that a run can be resumed from any folder."""
+    model, data = config.model, config.data
+    if Path(model.path).is_dir():
+        model = model.model_copy(update={"path": str(Path(model.path).resolve())})
+    if data.path is not None and Path(data.path).exists():
+        data = data.model_copy(update={"path": str(Path(data.path).resolve())})
+    return config.model_copy(update={"model": model, "data": data})
