@@ -168,7 +168,7 @@ def _supervise(config: Config, run_dir: Path, decisions: Decisions, resume: bool
             trainer_environment["CUDA_VISIBLE_DEVICES"] = ",".join(
                 map(str, parse_cores(config.train.gpus, "train.gpus"))
             )
-        trainer = spawn("trainer", trainer_command(config), _log(run_dir, "trainer"), trainer_environment)
+        trainer = spawn("trainer", trainer_command(config, folder), _log(run_dir, "trainer"), trainer_environment)
         children.append(trainer)
         return _watch(config, session, trainer, children, request)
     finally:
@@ -207,13 +207,17 @@ def _start_engine(
     return server
 
 
-def trainer_command(config: Config) -> list[str]:
-    """The ranks under torch's elastic launcher, on a port of its own choice; a rank that dies ends the run."""
+def trainer_command(config: Config, folder: Path) -> list[str]:
+    """The ranks under torch's elastic launcher, on a port of its own choice; a rank that dies ends the run.
+
+    It would leave a temporary folder behind; `folder` takes that.
+    """
     return _python(
         "-m",
         "torch.distributed.run",
         f"--nproc-per-node={config.train.ranks}",
         "--max-restarts=0",
+        f"--log-dir={folder}",
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:0",
         "--local-addr=127.0.0.1",
@@ -247,7 +251,7 @@ def _watch(config: Config, session: Session, trainer: Child, children: list[Chil
         return outcomes[0]  # ranks that lost their peer at its end are no failure then
     errors = [outcome for outcome in outcomes if outcome is not None and outcome.error]
     if errors:
-        _explain_engine(errors, children)
+        _explain_peer(session, errors, children, trainer)
         first = next((e for e in errors if not e.expected), errors[0])
         _raise_outcome(first, trainer)
     if outcomes[0] is None:
@@ -263,6 +267,11 @@ def _explain_death(session: Session, child: Child, trainer: Child) -> None:
     with contextlib.suppress(Exception):
         trainer.process.wait(timeout=3.0)
         return
+    _raise_end(session, child)
+
+
+def _raise_end(session: Session, child: Child) -> None:
+    """Raise for a process that ended too early: its own last words, or the end of its log."""
     outcome = read_outcome(session.folder, child.name)
     if outcome is not None and outcome.error:
         _raise_outcome(outcome, child)
@@ -274,14 +283,15 @@ def _explain_death(session: Session, child: Child, trainer: Child) -> None:
     )
 
 
-def _explain_engine(errors: list[Outcome], children: list[Child]) -> None:
-    """Raise the engine's own end where the trainer's error was only that the engine did not answer any more."""
-    engine = next((child for child in children if child.name == ENGINE), None)
-    if engine is None or not any(ENGINE in str(outcome.error) for outcome in errors):
-        return
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        engine.process.wait(timeout=5.0)
-        _raise_engine(engine)
+def _explain_peer(session: Session, errors: list[Outcome], children: list[Child], trainer: Child) -> None:
+    """Raise the end of the engine or the producer where the trainer's error was only that it lost them."""
+    said = " ".join(str(outcome.error) for outcome in errors)
+    signs = {ENGINE: (ENGINE,), "producer": ("the producer closed its connection", "the producer ended while")}
+    for child in children:
+        if child is not trainer and any(sign in said for sign in signs[child.name]):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if child.process.wait(timeout=5.0):
+                    _raise_end(session, child)
 
 
 def _raise_engine(child: Child) -> None:

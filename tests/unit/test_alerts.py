@@ -57,7 +57,7 @@ CASES = [
     ({"rollout/signal_share": 0.0, "reward/accuracy": 1.0, "reward/std": 0.0}, 3, "accuracy 1.000"),
     ({"reward/timeouts": 2.0}, 3, "deadline_s"),
     ({"loss/entropy": 0.01}, 1, "entropy_floor"),
-    ({"mismatch/logp_abs_mean": 0.06}, 1, "mismatch_warning"),
+    ({"mismatch/logp_abs_mean": 0.11}, 1, "mismatch_warning"),
     ({"train/grad_norm": math.nan}, 1, "not finite"),
     ({"train/grad_norm": math.inf}, 1, "not finite"),
     ({"train/grad_norm": None}, 1, "not finite"),

@@ -172,7 +172,7 @@ def test_the_config_of_a_run_loads_again(make):
 
 
 def test_the_ranks_start_under_the_elastic_launcher_on_loopback(make):
-    command = trainer_command(make(train={"ranks": 2}))
+    command = trainer_command(make(train={"ranks": 2}), Path("/session"))
     assert "--nproc-per-node=2" in command and "--rdzv-endpoint=127.0.0.1:0" in command
     assert command[-2:] == ["_process", "trainer"]
 

@@ -1,0 +1,225 @@
+"""`fastreason train` as a user runs it, with the fake engine and a tiny real model: what it leaves, and how it ends.
+
+The engine is fake, everything else is not: launcher, producer, graders, DeepSpeed ranks, checkpoints, exchange files.
+"""
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastreason.config import load_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+# What depends on the clock or on the machine; everything else must repeat bit for bit.
+CLOCKED = ("time/", "memory/", "rollout/tok_per_s", "train/tok_per_s")
+METRICS = {
+    "step", "loss/policy", "loss/logp", "loss/entropy", "loss/kl", "loss/ratio_mean", "loss/ratio_max", "loss/clip_share",
+    "mismatch/logp_abs_mean", "mismatch/logp_abs_max", "mismatch/kl", "train/grad_norm", "train/lr", "train/updates",
+    "train/skipped_updates", "train/tokens", "train/tokens_computed", "train/tok_per_s", "reward/mean", "reward/std",
+    "reward/accuracy", "reward/timeouts", "rollout/tokens", "rollout/response_tokens_mean", "rollout/truncated_share",
+    "rollout/signal_share", "rollout/staleness_mean", "rollout/staleness_max", "rollout/tok_per_s",
+    "rollout/long_prompts", "time/step_s", "time/wait_s", "time/train_s", "time/publish_s", "time/pause_s",
+    "time/generate_s", "time/grade_s", "time/wall_s", "memory/peak_gib",
+}  # fmt: skip
+SUMMARY = {
+    "accuracy_before", "accuracy_after", "num_eval_samples", "eval_temperature", "steps", "wall_s", "engine", "updater",
+    "seed", "tokens_generated", "tokens_trained", "versions",
+}  # fmt: skip
+
+
+def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
+
+
+def tickets_by_step(samples: list[dict[str, Any]]) -> dict[int, list[int]]:
+    found: dict[int, set[int]] = {}
+    for row in samples:
+        found.setdefault(row["step"], set()).add(row["ticket"])
+    return {step: sorted(tickets) for step, tickets in found.items()}
+
+
+def assert_all_trained_once(run: Any, run_dir: Path, steps: int, prompts: int = 3, samples: int = 4) -> None:
+    """Every step once, every ticket once, and no prompt lost or repeated."""
+    assert [row["step"] for row in run.metrics(run_dir)] == list(range(1, steps + 1))
+    rows = run.samples(run_dir)
+    assert len(rows) == steps * prompts * samples
+    tickets = [ticket for one in tickets_by_step(rows).values() for ticket in one]
+    assert sorted(tickets) == list(range(steps * prompts))
+    # 100 problems in a shuffled order: until they are used up, no problem comes twice.
+    by_ticket = {row["ticket"]: row["prompt_id"] for row in rows}
+    assert len(set(by_ticket.values())) == min(100, steps * prompts)
+
+
+def test_two_runs_at_once_leave_everything_and_agree_bit_for_bit(train_run, tiny_model):
+    """The same name, folder and seed, at the same time: they share nothing, and what they compute is the same."""
+    first = train_run(run={"on_exists": "number", "seed": 3}, eval={"num_prompts": 6, "samples_per_prompt": 2})
+    first.start()
+    second_config = first.config_path
+    again = train_run()
+    again.config_path = second_config
+    again.folder = first.folder
+    again.start()
+    assert first.wait(150, beside=again) == 0, first.output + first.logs()
+    assert again.wait(60) == 0, again.output + again.logs()
+    runs = sorted((first.folder / "runs").iterdir(), key=lambda path: len(path.name))
+    assert [path.name for path in runs] == [runs[0].name, f"{runs[0].name}-2"]
+
+    for run, run_dir in ((first, runs[0]), (again, runs[1])):
+        assert run.left_behind(2) == [] and run.files_left() == []
+        assert load_config(run_dir / "config.yaml") == load_config(second_config)
+        rows = run.metrics(run_dir)
+        assert [set(row) - METRICS for row in rows] == [set(), set(), {"eval/accuracy", "eval/standard_error"}]
+        assert all(set(row) >= METRICS for row in rows)
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+        assert all(row["rollout/staleness_max"] == 0 and row["train/skipped_updates"] == 0 for row in rows)
+        assert_all_trained_once(run, run_dir, 3)
+        for row in run.samples(run_dir):
+            assert row["reward"] == pytest.approx(
+                sum(ord(c) % 2 == 0 for c in row["completion"]) / max(1, len(row["completion"]))
+            )
+            assert row["finish_reason"] in ("stop", "length") and 1 <= row["num_tokens"] <= 8
+            assert row["version"] == row["step"] - 1
+    assert steady(first.metrics(runs[0])) == steady(first.metrics(runs[1]))
+    assert first.samples(runs[0]) == first.samples(runs[1])
+    for name in ("eval-before.jsonl", "eval-after.jsonl"):
+        assert (runs[0] / name).read_text() == (runs[1] / name).read_text()
+        assert len((runs[0] / name).read_text().splitlines()) == 12
+
+    import json
+
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    assert (summary["engine"], summary["updater"], summary["steps"], summary["seed"]) == ("fake", "deepspeed", 3, 3)
+    assert (summary["num_eval_samples"], summary["eval_temperature"], summary["finished"]) == (12, 1.0, True)
+    assert {"torch", "vllm", "deepspeed", "transformers"} <= {k for k, v in summary["versions"].items() if v}
+    assert summary["tokens_generated"] == sum(row["num_tokens"] for row in first.samples(runs[0]))
+    assert 0 < summary["wall_s"] < 150
+    assert (runs[0] / "reward.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "accuracy" in first.output and str(runs[0] / "model") in first.output.replace("\n", "")
+    check_model(runs[0] / "model", tiny_model)
+    refused = train_run()
+    refused.config_path = second_config
+    assert refused.run("run.on_exists=error", timeout_s=60) == 2
+    assert "exists already" in refused.output and "--resume" in refused.output and "Traceback" not in refused.output
+    assert len(list((first.folder / "runs").iterdir())) == 2
+
+
+def check_model(folder: Path, start: Path) -> None:
+    """transformers loads it with its tokenizer, and every matrix has moved."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    former = dict(AutoModelForCausalLM.from_pretrained(start).named_parameters())
+    moved = {name: not torch.equal(tensor, former[name]) for name, tensor in trained.named_parameters()}
+    assert all(moved.values()), moved
+    assert trained.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(folder).decode([20, 21]) == AutoTokenizer.from_pretrained(start).decode(
+        [20, 21]
+    )
+
+
+def test_two_ranks_with_a_double_buffer_and_zero_3(train_run):
+    run = train_run(
+        rollout={"max_staleness": 1}, train={"ranks": 2, "zero_stage": 3, "steps": 4, "prompts_per_update": 3}
+    )
+    assert run.run(timeout_s=150) == 0, run.output + run.logs()
+    assert_all_trained_once(run, run.run_dir, 4)
+    staleness = [row["rollout/staleness_max"] for row in run.metrics()]
+    assert max(staleness) == 1 and staleness[0] == 0
+    assert all(row["train/tokens"] > 0 for row in run.metrics())
+    assert run.left_behind(2) == [] and run.files_left() == []
+
+
+def test_stopped_by_signals_and_resumed_to_the_end(train_run):
+    """SIGTERM, resume, SIGINT, resume: exit codes, checkpoints, no process, and one clean history in the end."""
+    run = train_run(train={"steps": 1000}, checkpoint={"every": 2}, rollout={"max_staleness": 1})
+    run.environment["TEST_REWARD_SLEEP_S"] = "0.02"
+    run.start()
+    run.until(lambda: run.num_steps() >= 3, what="the third step")
+    run.stop(signal.SIGTERM)
+    assert run.wait(60) == 143, run.output + run.logs()
+    assert run.left_behind(2) == [] and run.files_left() == []
+    done = len(run.metrics())
+    assert (run.run_dir / "checkpoints" / f"step-{done:06d}" / "trainer.json").is_file()
+    assert f"stopped after step {done} of 1000" in run.output and "--resume" in run.output
+    assert "Traceback" not in run.output and "error:" not in run.output
+
+    run_dir = run.run_dir
+    run.start(resume=run_dir)
+    run.until(lambda: run.num_steps() >= done + 2, what="two steps more")
+    run.stop(signal.SIGINT)
+    assert run.wait(60) == 130, run.output + run.logs()
+    assert run.left_behind(2) == [] and run.files_left() == []
+    total = len(run.metrics()) + 2
+
+    assert run.run(f"train.steps={total}", resume=run_dir) == 0, run.output + run.logs()
+    assert_all_trained_once(run, run_dir, total)
+    assert max(row["rollout/staleness_max"] for row in run.metrics()) == 1
+    assert run.left_behind(2) == []
+    assert (run_dir / "model" / "config.json").is_file()
+    assert run.run(resume=run_dir) == 2
+    assert "finished" in run.output and "train.steps" in run.output
+
+
+def test_a_signal_during_the_start_ends_it_too(train_run):
+    run = train_run(train={"steps": 1000})
+    run.start()
+    run.until(lambda: bool(run.find("_process", "trainer")), what="the trainer")
+    run.stop(signal.SIGINT)
+    assert run.wait(60) == 130, run.output + run.logs()
+    assert "Traceback" not in run.output and "nothing had been trained yet" in run.output
+    assert run.left_behind(2) == [] and run.files_left() == []
+
+
+def test_a_killed_launcher_leaves_no_process(train_run):
+    run = train_run(train={"steps": 1000, "ranks": 2})
+    run.start()
+    run.until(lambda: run.num_steps() >= 1, what="the first step")
+    assert run.process is not None
+    run.process.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    assert run.left_behind(12) == [], f"{time.monotonic() - started:.1f} s"
+
+
+def test_a_reward_that_raises_is_one_clear_message(train_run):
+    run = train_run(reward={"functions": {"user_reward_of_the_test:crash": 1.0}})
+    assert run.run() == 1, run.output + run.logs()
+    assert run.output.count("error:") == 1
+    for word in ("user_reward_of_the_test:crash", "KeyError", "the judge is broken"):
+        assert word in run.output
+    assert "Traceback" not in run.output
+    assert run.left_behind(2) == [] and run.files_left() == []
+
+
+@pytest.mark.parametrize("victim", ["trainer", "producer"])
+def test_a_process_that_is_killed_ends_the_run_with_one_clear_message(train_run, victim):
+    run = train_run(train={"steps": 1000, "ranks": 2 if victim == "trainer" else 1})
+    run.start()
+    run.until(lambda: run.num_steps() >= 1, what="the first step")
+    # Under torch's launcher, whose own command line holds the same words.
+    pids = [p.pid for p in run.find("_process", victim) if "torch.distributed.run" not in " ".join(p.cmdline())]
+    assert len(pids) == (2 if victim == "trainer" else 1)
+    os.kill(pids[-1], signal.SIGKILL)
+    started = time.monotonic()
+    assert run.wait(60) == 1, run.output + run.logs()
+    assert time.monotonic() - started < 45
+    assert run.output.count("error:") == 1 and victim in run.output.split("error:")[1]
+    assert "killed" in run.output
+    assert run.left_behind(2) == [] and run.files_left() == []
+
+
+def test_the_hf_engine_trains_a_step(train_run):
+    run = train_run(rollout={"engine": "hf", "max_new_tokens": 6}, train={"steps": 1})
+    assert run.run() == 0, run.output + run.logs()
+    (row,) = run.metrics()
+    # The same model in the same dtype on both sides: what differs is the order of sums.
+    assert row["mismatch/logp_abs_mean"] < 1e-5
+    assert row["loss/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert run.left_behind(2) == [] and run.files_left() == []

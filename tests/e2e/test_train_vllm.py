@@ -1,0 +1,109 @@
+"""`fastreason train` with a real vLLM server on the CPU and the tiny model: a whole run, and the ways it can fail."""
+
+import json
+import shutil
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(280)]
+
+VLLM = {"engine": "vllm", "max_new_tokens": 12, "samples_per_prompt": 4, "startup_timeout_s": 150}
+
+
+def assert_nothing_left(run: Any) -> None:
+    assert run.left_behind(3) == []
+    assert run.files_left() == []
+
+
+def assert_one_clear_message(run: Any, *words: str) -> None:
+    message = run.output.split("error:")
+    assert len(message) == 2, run.output
+    for word in words:
+        assert word in message[1], run.output
+    # A traceback may stand in the tail of the engine's log, which is marked; never in front of the message.
+    assert "Traceback" not in message[0]
+
+
+def test_two_steps_with_a_double_buffer(train_run):
+    run = train_run(
+        rollout={**VLLM, "max_staleness": 1},
+        train={"steps": 2, "prompts_per_step": 4},
+        eval={"num_prompts": 4},
+    )
+    assert run.run(timeout_s=240) == 0, run.output + run.logs()
+    assert_nothing_left(run)
+    summary = json.loads((run.run_dir / "summary.json").read_text())
+    assert (summary["engine"], summary["updater"], summary["steps"]) == ("vllm", "deepspeed", 2)
+    # fp32 on both sides, the same weights: about 1e-6. After an update that is stale by one version it may be larger.
+    assert summary["first_batch_mismatch"]["mismatch/logp_abs_mean"] < 1e-5
+    assert summary["first_batch_mismatch"]["mismatch/logp_abs_max"] < 1e-4
+    assert [row["rollout/staleness_max"] for row in run.metrics()] == [0, 1]
+    assert all(row["time/publish_s"] > 0 for row in run.metrics())
+    assert {row["version"] for row in run.samples()} == {0}
+
+
+def test_weights_published_in_a_run_are_the_ones_that_sample(train_run):
+    """S = 0 at a rate that moves the policy far: from the second batch on, the sampler agrees only if it has the new weights."""
+    run = train_run(
+        rollout={**VLLM, "max_staleness": 0},
+        train={"steps": 3, "prompts_per_step": 4, "lr": 3e-2},
+        checkpoint={"every": 2},
+    )
+    assert run.run(timeout_s=240) == 0, run.output + run.logs()
+    rows = run.metrics()
+    assert [row["mismatch/logp_abs_mean"] < 1e-5 for row in rows] == [True, True, True]
+    # The policy did move far, or the line above would prove little.
+    assert max(abs(row["loss/logp"] - rows[0]["loss/logp"]) for row in rows) > 0.1
+    assert [row["version"] for row in run.samples()] == [0] * 16 + [1] * 16 + [2] * 16
+    assert_nothing_left(run)
+
+
+def test_a_port_in_use_fails_before_a_model_loads(train_run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = train_run(rollout={**VLLM, "port": port})
+        assert run.run(timeout_s=60) in (1, 2), run.output + run.logs()
+    assert_one_clear_message(run, f"rollout.port={port}", "in use", "0 for any free one")
+    assert run.left_behind(1) == [] and list(run.tmp.iterdir()) == []
+    assert not list((run.folder / "runs").glob("*/logs/*.log")), "a process was started"
+
+
+def broken_model(start: Path, folder: Path) -> Path:
+    """Loads as a config and as a tokenizer; its weights are those of another shape."""
+    shutil.copytree(start, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    return folder
+
+
+def test_an_engine_that_does_not_start_is_one_clear_message(train_run, tiny_model, tmp_path):
+    run = train_run(rollout=VLLM, model={"path": str(broken_model(tiny_model, tmp_path / "broken"))})
+    assert run.run(timeout_s=150) == 1, run.output + run.logs()
+    assert_one_clear_message(run)
+    assert_nothing_left(run)
+
+
+def test_too_large_a_cache_is_said_to_be_memory(train_run):
+    run = train_run(rollout={**VLLM, "kv_cache_gib": 100_000})
+    assert run.run(timeout_s=150) == 1, run.output + run.logs()
+    assert_one_clear_message(run, "vLLM server", "rollout.kv_cache_gib", "engine.log", "  | ")
+    assert_nothing_left(run)
+
+
+@pytest.mark.parametrize("victim", ["VLLM::Worker"])
+def test_an_engine_killed_in_mid_run_is_one_clear_message(train_run, victim):
+    run = train_run(rollout=VLLM, train={"steps": 1000})
+    run.start()
+    run.until(lambda: run.num_steps() >= 1, timeout_s=150, what="the first step")
+    found = run.find(victim)
+    assert found, [" ".join(p.cmdline())[:80] for p in run.processes()]
+    found[0].send_signal(signal.SIGKILL)
+    assert run.wait(90) == 1, run.output + run.logs()
+    assert_one_clear_message(run, "vLLM server")
+    assert_nothing_left(run)
