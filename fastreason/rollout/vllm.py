@@ -96,6 +96,7 @@ def server_environment(config: RolloutConfig, *, key: str, exchange_dir: str, de
     environment = {
         KEY_VARIABLE: key,
         EXCHANGE_VARIABLE: exchange_dir,
+        "TMPDIR": exchange_dir,  # its processes leave sockets and files there: private, and removed at the end
         "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /pause, /resume: guarded by the middleware
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -158,7 +159,8 @@ def explain_log(log_path: Path, num_lines: int = 25) -> str:
     text = "\n".join(lines)
     known = [
         (r"[Aa]ddress already in use", "the port is in use: set rollout.port to another, or to 0 for any free one"),
-        (r"No available memory for the cache blocks|not enough memory|Not enough memory", "the KV cache does not fit: "
+        (r"No available memory for the cache blocks|[Nn]ot enough memory|Available memory .* is less than", "the KV cache "
+         "does not fit: "
          "lower rollout.kv_cache_gib, rollout.gpu_memory_utilization or rollout.max_new_tokens"),
         (r"out of memory|MemoryError|Cannot allocate memory|DefaultCPUAllocator", "out of memory: lower "
          "rollout.kv_cache_gib or use a smaller model"),
@@ -168,6 +170,8 @@ def explain_log(log_path: Path, num_lines: int = 25) -> str:
     ]  # fmt: skip
     reasons = [reason for pattern, reason in known if re.search(pattern, text)]
     errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+    # What the outer processes say of an inner one's failure explains nothing, if there is more.
+    errors = [line for line in errors if not re.search(r"See root cause|EngineDeadError", line)] or errors
     parts = [f"likely reason: {reasons[0]}"] if reasons else []
     if errors:
         parts.append(f"last error: {errors[-1].strip()}")

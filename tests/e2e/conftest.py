@@ -108,6 +108,7 @@ class TrainRun:
         self.process: subprocess.Popen[str] | None = None
         self.output = ""
         self._exchange: set[str] = set()
+        self._seen: set[psutil.Process] = set()
 
     def start(self, *arguments: str, resume: Path | None = None) -> None:
         script = Path(sysconfig.get_path("scripts")) / "fastreason"
@@ -141,7 +142,7 @@ class TrainRun:
         while (code := self.process.poll()) is None:
             for run in (self, beside):
                 if run is not None:
-                    run._note_exchange()
+                    run._note()
             if time.monotonic() > deadline:
                 self._read()
                 pytest.fail(f"still running after {timeout_s} s:\n{self.output[-3000:]}\n{self.logs()}")
@@ -153,8 +154,11 @@ class TrainRun:
         self.start(*arguments, resume=resume)
         return self.wait(timeout_s)
 
-    def _note_exchange(self) -> None:
-        """Remember where the run keeps its exchange files: outside of its temporary folder, if there is shared memory."""
+    def _note(self) -> None:
+        """Remember the run's processes, for some rename themselves and lose their environment, and its exchange folder."""
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                self._seen.update(psutil.Process(self.process.pid).children(recursive=True))
         for path in self.tmp.glob("*/session.json"):
             with contextlib.suppress(OSError, ValueError):
                 self._exchange.add(json.loads(path.read_text())["exchange_dir"])
@@ -168,7 +172,7 @@ class TrainRun:
         assert self.process is not None
         deadline = time.monotonic() + timeout_s
         while not condition():
-            self._note_exchange()
+            self._note()
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self._read()
                 pytest.fail(f"{what} did not happen:\n{self.output[-3000:]}\n{self.logs()}")
@@ -194,13 +198,15 @@ class TrainRun:
         return files[0].read_bytes().count(b"\n") if files else 0
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that carries this run's tag, whoever its parent is now."""
-        found = []
+        """Every living process of the run, whoever its parent is now."""
+        self._note()
+        found = set()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(TAG) == self.tag and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                tagged = process in self._seen or process.environ().get(TAG) == self.tag
+                if tagged and process.status() != psutil.STATUS_ZOMBIE:
+                    found.add(process)
+        return sorted(found, key=lambda process: process.pid)
 
     def find(self, *words: str) -> list[psutil.Process]:
         """The processes of the run whose command line holds all words."""
@@ -243,7 +249,7 @@ class TrainRun:
             self.process.kill()
             self.process.wait()
             self._log.close()
-        self._note_exchange()
+        self._note()
         for path in (self.tmp, *self._exchange):
             shutil.rmtree(path, ignore_errors=True)
 
