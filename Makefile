@@ -6,7 +6,7 @@ ARGS ?=
 .PHONY: help setup quickstart test lint types doctor clean
 
 help:
-	@echo "make quickstart   train a small model on this machine's CPU, about six minutes (ARGS='run.seed=1 ...')"
+	@echo "make quickstart   train a small model on this machine's CPU, under ten minutes (ARGS='run.seed=1 ...')"
 	@echo "make test         run all tests (ARGS='-k name')"
 	@echo "make lint types   ruff, mypy"
 	@echo "make doctor       check this machine"

@@ -283,7 +283,7 @@ def final_table(
     """Print held-out accuracy before and after training, whether the change is beyond noise, and where `files` are."""
     console = console or Console()
     if before is not None or after is not None:
-        table = Table("", "accuracy", "standard error", "mean reward", "cut off", "samples", "temperature")
+        table = Table("held out", "accuracy", "error", "reward", "cut off", "samples", "T")
         for name, result in (("before", before), ("after", after)):
             if result is not None:
                 table.add_row(name, *_result_cells(result))
