@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastreason.rollout.vllm import VllmServer
 
 ENGINE = "vLLM server"
+LOOK_S = 2.0  # between two looks at the shared memory that the processes use
 
 
 def make_run_dir(config: Config) -> Path:
@@ -230,9 +231,13 @@ def trainer_command(config: Config, folder: Path) -> list[str]:
 
 def _watch(config: Config, session: Session, trainer: Child, children: list[Child], request: StopRequest) -> Outcome:
     """Wait for the trainer; raises when a process dies before it, or when it does not stop in time."""
-    asked_at = None
+    asked_at, looked_at = None, 0.0
     while trainer.exit_code is None:
         time.sleep(0.1)
+        if time.monotonic() - looked_at > LOOK_S:
+            looked_at = time.monotonic()
+            for child in children:
+                child.note_shared_memory()
         if request.number is not None and asked_at is None:
             asked_at = time.monotonic()
             session.stop_file.touch()

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -28,14 +28,21 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log_path: Path
+    segments: set[Path] = field(default_factory=set)
 
     @property
     def exit_code(self) -> int | None:
         return self.process.poll()
 
+    def note_shared_memory(self) -> None:
+        """Remember the shared memory in use, so that `stop` can remove what processes that were killed left there."""
+        pids = [self.process.pid, *(process.pid for process in _family(self.process.pid))]
+        self.segments |= _shared_memory(pids)
+
     def stop(self, grace_s: float = 10.0) -> None:
         """End the process and everything it started: SIGTERM, then after `grace_s` SIGKILL."""
         family = _family(self.process.pid)
+        self.note_shared_memory()
         _signal_group(self.process.pid, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -46,6 +53,9 @@ class Child:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+        psutil.wait_procs(family, timeout=2.0)
+        for segment in self.segments:
+            segment.unlink(missing_ok=True)
 
 
 def spawn(name: str, command: list[str], log_path: Path, environment: dict[str, str]) -> Child:
@@ -82,6 +92,18 @@ def _family(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _shared_memory(pids: list[int]) -> set[Path]:
+    """The named segments and semaphores of Python's multiprocessing that these processes have mapped."""
+    found: set[Path] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                path = line.partition("/dev/shm/")[2]
+                if path.startswith(("psm_", "sem.mp-")) and "/" not in path and not path.endswith("(deleted)"):
+                    found.add(Path("/dev/shm") / path)
+    return found
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

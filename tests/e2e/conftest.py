@@ -7,6 +7,7 @@ ended, and nothing else is.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,8 +108,9 @@ class TrainRun:
         self.environment: dict[str, str] = {}
         self.process: subprocess.Popen[str] | None = None
         self.output = ""
-        self._exchange: set[str] = set()
+        self._traces: set[str] = set()
         self._seen: set[psutil.Process] = set()
+        self._looked = 0.0
 
     def start(self, *arguments: str, resume: Path | None = None) -> None:
         script = Path(sysconfig.get_path("scripts")) / "fastreason"
@@ -155,13 +157,20 @@ class TrainRun:
         return self.wait(timeout_s)
 
     def _note(self) -> None:
-        """Remember the run's processes, for some rename themselves and lose their environment, and its exchange folder."""
+        """Remember the run's processes, for some rename themselves and lose their environment, its exchange folder and its
+        shared memory."""
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 self._seen.update(psutil.Process(self.process.pid).children(recursive=True))
+        if time.monotonic() - self._looked > 0.5:
+            self._looked = time.monotonic()
+            for process in self._seen:
+                with contextlib.suppress(OSError):
+                    maps = Path(f"/proc/{process.pid}/maps").read_text()
+                    self._traces.update(re.findall(r"/dev/shm/(?:psm_|sem\.)\S+(?=\n)", maps))
         for path in self.tmp.glob("*/session.json"):
             with contextlib.suppress(OSError, ValueError):
-                self._exchange.add(json.loads(path.read_text())["exchange_dir"])
+                self._traces.add(json.loads(path.read_text())["exchange_dir"])
 
     def _read(self) -> None:
         self._log.seek(0)
@@ -230,10 +239,10 @@ class TrainRun:
 
     def files_left(self) -> list[str]:
         """What the run left in its temporary folder and in shared memory (caches of libraries are not its own)."""
-        assert self._exchange, "the run was never seen to have a session"
+        assert self._traces, "the run was never seen to have a session"
         names = [path.name for path in self.tmp.iterdir()]
         return [name for name in names if not name.startswith(("torchinductor", "triton"))] + [
-            path for path in self._exchange if os.path.exists(path)
+            path for path in self._traces if os.path.exists(path)
         ]
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -250,8 +259,9 @@ class TrainRun:
             self.process.wait()
             self._log.close()
         self._note()
-        for path in (self.tmp, *self._exchange):
+        for path in map(Path, (self.tmp, *self._traces)):
             shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -137,3 +138,30 @@ def test_the_tail_of_a_log(tmp_path):
     assert tail(log) == "  (the log is empty)"
     log.write_bytes(b"one\ntwo\n" + b"x" * 400 + b"\n\xff\n")
     assert tail(log, 3) == "  | two\n  | " + "x" * 300 + "\n  | \N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no shared memory here")
+@pytest.mark.parametrize("killed_before", [False, True])
+def test_shared_memory_of_a_killed_process_is_removed(tmp_path, killed_before):
+    code = (
+        "import signal, time; from multiprocessing import resource_tracker, shared_memory as s; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "m = s.SharedMemory(create=True, size=64); resource_tracker.unregister(m._name, 'shared_memory'); "
+        "print(m.name, flush=True); time.sleep(60)"
+    )
+    child = spawn("holder", [sys.executable, "-c", code], tmp_path / "log", {})
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "log").read_text().strip():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        segment = Path("/dev/shm") / (tmp_path / "log").read_text().strip()
+        assert segment.exists()
+        if killed_before:
+            child.note_shared_memory()
+            child.process.kill()
+            child.process.wait()
+            assert segment.exists()
+    finally:
+        child.stop(grace_s=0.2)
+    assert not segment.exists()
