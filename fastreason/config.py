@@ -1,7 +1,7 @@
 """What a run can be told: typed, strict, flat. Loads YAML, applies `section.key=value` overrides, checks arithmetic.
 
-Everything that can be found wrong without a model, a tokenizer or the network is found here, and reported with the
-key, the value, what is allowed and what to do. Imports neither torch nor transformers.
+One table of keys, and so one file. Everything that can be found wrong without a model, a tokenizer or the network is
+found here, and reported with the key, the value, what is allowed and what to do. Imports neither torch nor transformers.
 """
 
 import difflib

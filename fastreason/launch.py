@@ -106,8 +106,11 @@ def launch(config: Config, run_dir: Path, decisions: Decisions, resume: bool) ->
         for number, handler in former.items():
             signal.signal(number, handler)
     _finish(config, run_dir, time.perf_counter() - started, memory.peak_gib, resume)
-    if outcome.finished:
+    if outcome.finished and request.number is None:
         return 0
+    if outcome.finished:
+        print("all steps were done when it was asked to stop; a last evaluation may be missing", file=sys.stderr)
+        return request.exit_code
     saved = f"continue with: fastreason train --resume {run_dir}" if outcome.saved else "nothing had been trained yet"
     print(f"stopped after step {outcome.step} of {config.train.steps}; {saved}", file=sys.stderr)
     return request.exit_code
