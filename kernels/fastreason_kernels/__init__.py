@@ -2,6 +2,7 @@
 
 from fastreason_kernels.linear_logprob.function import linear_logprob
 from fastreason_kernels.linear_policy_loss.function import linear_policy_loss
+from fastreason_kernels.lora import LoraHead
 from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, policy_loss
 
-__all__ = ["PolicyLossOutput", "PolicyLossSpec", "linear_logprob", "linear_policy_loss", "policy_loss"]
+__all__ = ["LoraHead", "PolicyLossOutput", "PolicyLossSpec", "linear_logprob", "linear_policy_loss", "policy_loss"]

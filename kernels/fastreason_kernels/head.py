@@ -1,57 +1,149 @@
-"""The LM head in chunks of tokens: the chunk rule, checked inputs, logits, and the gradients dX, dW, db.
+"""What every operation takes: a head's tensors and options, checked once, cast once, and passed through torch.library.
 
-It owns every GEMM and every buffer as large as a chunk. It refuses to hold `[N, V]` when N is more than a chunk, and to
-know what is done to the logits of a chunk.
+It owns the checks, autocast's cast, and the encoding of options as a string (a custom operator takes no dataclass). It
+refuses to compute anything.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 256 << 20
-
-# Vocabulary rows of one partial dW product, when several chunks are summed in fp32: bounds the product's own buffer.
-DW_BLOCK = 8192
+from fastreason_kernels.lora import LoraHead
+from fastreason_kernels.transform import IDENTITY, Transform
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+LOGITS = ("auto", "bf16", "fp32")
+STRATEGIES = ("auto", "A", "B", "F")
 
 
-@dataclass(frozen=True)
-class HeadInputs:
-    """Checked inputs of an operation on `logits = (hidden @ weight.T + bias) / temperature`, in one dtype.
+class HeadTensors(NamedTuple):
+    """The tensors of a head: z = softcap(scale * (hidden @ weight.T + bias + lora_hidden @ lora_weight.T)) / temperature.
 
-    hidden [N, D], weight [V, D], bias [V] or None, ids [N] int64, temperature [N] or None for 1. `needs` tells which of
-    (hidden, weight, bias) wants a gradient in this call.
+    hidden [N, D], weight [V, D] (or this rank's shard of it), bias [V] or None, lora_hidden [N, r] and lora_weight
+    [V, r] or None: one dtype. ids [N] int64. temperature [N] or None for 1. In this order they open each operator.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    lora_hidden: Tensor | None
+    lora_weight: Tensor | None
     ids: Tensor
     temperature: Tensor | None
-    chunk_tokens: int | None
-    needs: tuple[bool, bool, bool]
 
     @property
     def stat_dtype(self) -> torch.dtype:
         """The dtype of statistics and row arithmetic: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The five tensors that can have a gradient, in order."""
+        return tuple(self[:5])
 
-def head_inputs(
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The numbers and names that belong to a head. group: a process group's name where weight is a shard, else ""."""
+
+    transform: Transform = IDENTITY
+    chunk_tokens: int | None = None
+    chunk_vocab: int | None = None
+    logits: str = "auto"
+    impl: str = "auto"
+    group: str = ""
+
+    def encode(self) -> str:
+        """A string for a custom operator; `HeadOptions.decode` undoes it."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @functools.cache
+    def decode(encoded: str) -> HeadOptions:
+        """The options that `encode` made a string of."""
+        fields: dict[str, Any] = json.loads(encoded)
+        return HeadOptions(**{**fields, "transform": Transform(**fields["transform"])})
+
+
+def head_arguments(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    chunk_tokens: int | None,
-) -> HeadInputs:
-    """Checks the inputs, applies autocast's cast, and returns them; raises ValueError naming what is wrong."""
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora: LoraHead | None = None,
+    logits: str = "auto",
+    group: Any = None,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
+) -> tuple[HeadTensors, HeadOptions]:
+    """Checks what can be checked without reading values, casts under autocast; raises ValueError naming what is wrong."""
+    _check_shapes(hidden, weight, ids, bias, lora)
+    _require("chunk_tokens", chunk_tokens, chunk_tokens is None or chunk_tokens >= 1, "None or >= 1")
+    _require("chunk_vocab", chunk_vocab, chunk_vocab is None or chunk_vocab >= 1, "None or >= 1")
+    _require("softcap", softcap, softcap is None or 0 < softcap < math.inf, "None or > 0")
+    _require("logit_scale", logit_scale, 0 < logit_scale < math.inf, "> 0")
+    _require("logits", logits, logits in LOGITS, " | ".join(LOGITS))
+    device = hidden.device.type
+    tensors = [hidden, weight, bias, *((None, None, 1.0) if lora is None else lora)[:2]]
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [None if x is None else x.to(dtype) for x in tensors]
+    hidden, weight, bias, lora_a, lora_weight = tensors
+    dtypes = {x.dtype for x in tensors if x is not None}
+    if len(dtypes) > 1 or hidden.dtype not in DTYPES:
+        names = sorted(str(dtype) for dtype in dtypes)
+        raise ValueError(f"hidden, weight, bias, lora: dtypes {names}, allowed: one of {DTYPES} for all of them")
+    lora_hidden = None
+    if lora is not None:
+        with torch.autocast(device, enabled=False):
+            lora_hidden = torch.nn.functional.linear(hidden, lora_a) * lora.scale
+    stat_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    scale = _temperature(temperature, hidden.shape[0], stat_dtype, hidden.device)
+    head = HeadTensors(hidden, weight, bias, lora_hidden, lora_weight, ids, scale)
+    name = "" if group is None else group.group_name
+    return head, HeadOptions(Transform(float(logit_scale), softcap), chunk_tokens, chunk_vocab, logits, impl, name)
+
+
+def needs_gradient(head: HeadTensors) -> list[bool]:
+    """Which of the five differentiable tensors want a gradient in this call."""
+    grad = torch.is_grad_enabled()
+    return [grad and x is not None and x.requires_grad for x in head.differentiable()]
+
+
+def check_values(head: HeadTensors, rows: Tensor | None, vocab: int) -> None:
+    """Raises ValueError for an id outside [0, vocab) or a temperature <= 0 in `rows` [N] bool (None: all).
+
+    On a CPU only: elsewhere it would wait for the device.
+    """
+    if head.ids.device.type != "cpu":
+        return
+    ids = head.ids if rows is None else head.ids.masked_fill(~rows, 0)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ValueError(
+            f"ids: values {int(ids.min())} to {int(ids.max())}, allowed: 0 to {vocab - 1}; mask the others"
+        )
+    scale = head.temperature
+    if scale is not None and not bool((scale > 0).all()):
+        raise ValueError(f"temperature: smallest value {float(scale.min())}, allowed: > 0")
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, lora: LoraHead | None) -> None:
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            "weight: a ZeRO-3 shard that is not gathered; call the operation inside the forward of the module that owns "
+            "it (FusedLMHead does), where DeepSpeed gathers it, for the backward too"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden, weight: shapes {tuple(hidden.shape)}, {tuple(weight.shape)}, allowed: [N, D], [V, D]; flatten "
@@ -62,32 +154,13 @@ def head_inputs(
         raise ValueError(f"ids: shape {tuple(ids.shape)} {ids.dtype}, allowed: [N] = [{num_tokens}] int64")
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias: shape {tuple(bias.shape)}, allowed: [V] = [{vocab}]")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: got {chunk_tokens}, allowed: None or >= 1")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
-    if len(dtypes) > 1 or hidden.dtype not in DTYPES:
-        names = sorted(str(dtype) for dtype in dtypes)
-        raise ValueError(f"hidden, weight, bias: dtypes {names}, allowed: one of {DTYPES} for all of them")
-    grad = torch.is_grad_enabled()
-    needs = (
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-    )
-    stat_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    scale = _temperature(temperature, num_tokens, stat_dtype, hidden.device)
-    return HeadInputs(hidden, weight, bias, ids, scale, chunk_tokens, needs)
-
-
-def check_ids(ids: Tensor, vocab: int) -> None:
-    """Raises ValueError for an id outside [0, V). On a CPU only: elsewhere it would wait for the device."""
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+    if lora is None:
+        return
+    rank = lora.a.shape[0]
+    if lora.a.shape != (rank, hidden.shape[1]) or lora.b.shape != (vocab, rank):
         raise ValueError(
-            f"ids: values {int(ids.min())} to {int(ids.max())}, allowed: 0 to {vocab - 1}; mask the others"
+            f"lora: shapes {tuple(lora.a.shape)}, {tuple(lora.b.shape)}, allowed: [r, D], [V, r] with D = "
+            f"{hidden.shape[1]}, V = {vocab}"
         )
 
 
@@ -97,90 +170,11 @@ def _temperature(
     if isinstance(temperature, Tensor):
         if temperature.shape != (num_tokens,):
             raise ValueError(f"temperature: shape {tuple(temperature.shape)}, allowed: a float or [N] = [{num_tokens}]")
-        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-            raise ValueError(f"temperature: smallest value {float(temperature.min())}, allowed: > 0")
         return temperature.detach().to(dtype)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, allowed: > 0")
+    _require("temperature", temperature, 0 < temperature < math.inf, "> 0")
     return None if temperature == 1 else torch.full((num_tokens,), temperature, dtype=dtype, device=device)
 
 
-def chunk_rows(num_rows: int, vocab: int, itemsize: int, chunk_tokens: int | None) -> int:
-    """Tokens of a chunk: `chunk_tokens`, or as many as keep its logits within CHUNK_BYTES, spread evenly."""
-    limit = chunk_tokens or max(1, CHUNK_BYTES // (vocab * itemsize))
-    num_chunks = max(1, math.ceil(num_rows / limit))
-    return min(limit, max(1, math.ceil(num_rows / num_chunks)))
-
-
-class HeadGradients:
-    """Sums dX, dW and db over chunks of dlogits, in fp32, each cast once at the end."""
-
-    def __init__(self, head: HeadInputs, needs: tuple[bool, bool, bool], num_chunks: int) -> None:
-        self._head = head
-        self._single = num_chunks == 1
-        self._hidden_grad = torch.zeros_like(head.hidden) if needs[0] else None
-        self._wants_weight = needs[1]
-        self._weight_grad: Tensor | None = None
-        self._bias_grad: Tensor | None = None
-        if needs[2]:
-            self._bias_grad = torch.zeros(head.weight.shape[0], dtype=head.stat_dtype, device=head.hidden.device)
-
-    def add(self, dlogits: Tensor, rows: Tensor) -> None:
-        """Adds dlogits [K, V], the gradient of the head's output for the tokens rows [K]."""
-        if rows.shape[0] == 0:
-            return
-        if self._hidden_grad is not None:
-            self._hidden_grad.index_copy_(0, rows, dlogits @ self._head.weight)
-        if self._wants_weight:
-            self._add_weight(dlogits, self._head.hidden.index_select(0, rows))
-        if self._bias_grad is not None:
-            self._bias_grad += dlogits.sum(0, dtype=self._bias_grad.dtype)
-
-    def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
-        weight = self._head.weight
-        if self._single:
-            self._weight_grad = dlogits.T @ hidden
-            return
-        if self._weight_grad is None:
-            self._weight_grad = torch.zeros(weight.shape, dtype=self._head.stat_dtype, device=weight.device)
-        if hidden.dtype == self._weight_grad.dtype:
-            self._weight_grad.addmm_(dlogits.T, hidden)
-            return
-        for start in range(0, weight.shape[0], DW_BLOCK):
-            # A bf16 GEMM rounds its result once; the sum over chunks is not rounded again.
-            self._weight_grad[start : start + DW_BLOCK] += dlogits[:, start : start + DW_BLOCK].T @ hidden
-
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dX, dW, db) in the dtypes of their tensors, None where no gradient was asked for."""
-        weight_grad = self._weight_grad
-        if self._wants_weight:
-            weight_grad = torch.zeros_like(self._head.weight) if weight_grad is None else weight_grad
-            weight_grad = weight_grad.to(self._head.weight.dtype)
-        bias_grad = self._bias_grad
-        if bias_grad is not None:
-            bias_grad = bias_grad.to(self._head.weight.dtype)
-        return self._hidden_grad, weight_grad, bias_grad
-
-
-class LogitChunks:
-    """Walks over chosen tokens of a head, one chunk of logits at a time, in one reused buffer."""
-
-    def __init__(self, head: HeadInputs, rows: Tensor) -> None:
-        self._head = head
-        self._rows = rows
-        vocab, dtype = head.weight.shape[0], head.hidden.dtype
-        self.chunk = chunk_rows(rows.shape[0], vocab, dtype.itemsize, head.chunk_tokens)
-        self.count = math.ceil(rows.shape[0] / self.chunk)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (rows [C] int64, logits [C, V] before temperature); the logits may be overwritten."""
-        head = self._head
-        size = min(self.chunk, self._rows.shape[0])
-        buffer = torch.empty(size, head.weight.shape[0], dtype=head.hidden.dtype, device=head.hidden.device)
-        for rows in self._rows.split(self.chunk) if self._rows.shape[0] else ():
-            hidden, logits = head.hidden.index_select(0, rows), buffer[: rows.shape[0]]
-            if head.bias is None:
-                torch.mm(hidden, head.weight.T, out=logits)
-            else:
-                torch.addmm(head.bias, hidden, head.weight.T, out=logits)
-            yield rows, logits
+def _require(key: str, value: Any, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}: got {value!r}, allowed: {allowed}")

@@ -6,8 +6,10 @@ hidden states, heads or chunks: those call it, so that no strategy can drift fro
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -33,8 +35,9 @@ class PolicyLossSpec:
     importance  weight w = exp(behaviour_logp - sampler_logp) on the policy term only (not on KL and entropy);
                 "truncate": min(w, cap), "mask": w where w <= cap, else 0.
 
-    Raises ValueError for a value outside of what is allowed. Left out: GSPO-token (a detached sequence ratio with
-    per-token advantages), sequence-level importance weights, a lower cap on them, importance weights on the KL term.
+    encoded is the spec as a string, for torch.library operators. Raises ValueError for a value outside of what is allowed.
+    Left out: GSPO-token (a detached sequence ratio with per-token advantages), sequence-level importance weights, a lower
+    cap on them, importance weights on the KL term.
     """
 
     ratio: Literal["none", "token", "sequence"] = "token"
@@ -49,6 +52,7 @@ class PolicyLossSpec:
     entropy_coef: float = 0.0
     importance: Literal["none", "truncate", "mask"] = "none"
     importance_cap: float = 2.0
+    encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -67,6 +71,14 @@ class PolicyLossSpec:
             self._require("dual_clip", self.ratio != "none", "None when ratio is 'none'")
             self._require("dual_clip", self.gate == "clip", "None unless gate is 'clip'")
         self._require("kl", self.kl != "none" or self.kl_coef == 0, f"k1 | k2 | k3 when kl_coef is {self.kl_coef}")
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        object.__setattr__(self, "encoded", json.dumps(values))
+
+    @staticmethod
+    @functools.cache
+    def decode(encoded: str) -> PolicyLossSpec:
+        """The spec that `encoded` stands for."""
+        return PolicyLossSpec(**json.loads(encoded))
 
     def _require(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -74,8 +86,16 @@ class PolicyLossSpec:
 
     @property
     def acts_at_zero_advantage(self) -> bool:
-        """Whether a token whose advantage is 0 can still have a gradient (KL, entropy, a sequence's shared ratio)."""
-        return self.kl_coef != 0 or self.entropy_coef != 0 or self.ratio == "sequence"
+        """Whether a token whose advantage is 0 has a gradient of its own, by KL or entropy."""
+        return self.kl_coef != 0 or self.entropy_coef != 0
+
+    def couples_tokens(self, has_behaviour_logp: bool) -> bool:
+        """Whether a token's gradient depends on log-probabilities of other tokens: then no gradient can be made in forward.
+
+        A sequence's ratio does so, unless it is 1 by definition; with "cispo" its value is detached but still theirs.
+        """
+        on_policy = not has_behaviour_logp and (self.importance == "none" or self.gate == "cispo")
+        return self.ratio == "sequence" and not on_policy
 
 
 class PolicyLossOutput(NamedTuple):
@@ -115,15 +135,16 @@ def policy_loss(
         loss_sum = sum_t token_weight_t * (w_t * gate(ratio_t, A_t) + kl_coef * kl_t - entropy_coef * entropy_t)
 
     logp, entropy (may be None without an entropy term): [N] nats, any float dtype, differentiated.
-    advantages, behaviour_logp (ratio's denominator; None: the detached logp, ratio exactly 1), ref_logp, sampler_logp,
-    token_weight: [N] float, not differentiated. mask: [N] bool, False contributes nothing, whatever stands there (NaN).
-    sequence_ids: [N] int64, for ratio="sequence": tokens with one id are one sequence, its mean over unmasked tokens.
+    advantages, behaviour_logp (ratio's denominator; None: the detached logp, ratio exactly 1), ref_logp (a reference's or
+    a teacher's), sampler_logp, token_weight: [N] float, not differentiated. mask: [N] bool, False contributes nothing,
+    whatever stands there (NaN). sequence_ids: [N] int64, for ratio="sequence": tokens with one id are one sequence, its
+    mean over unmasked tokens. advantages may be [S], one a sequence, where sequence_ids are 0 to S - 1.
 
     Raises ValueError for a missing or misshapen tensor. Log-ratios are clamped to +-20 before the exponential, and have
     no gradient there.
     """
     columns: dict[str, Any] = {
-        "advantages": advantages,
+        "advantages": per_token(advantages, sequence_ids, logp.shape[0]),
         "behaviour_logp": behaviour_logp,
         "ref_logp": ref_logp,
         "sampler_logp": sampler_logp,
@@ -135,6 +156,30 @@ def policy_loss(
     if entropy is None and spec.entropy_coef != 0:
         raise ValueError(f"entropy: None, but entropy_coef is {spec.entropy_coef}; pass entropy [N]")
     return evaluate(logp, entropy, spec, **columns)
+
+
+def per_token(advantages: Tensor, sequence_ids: Tensor | None, num_tokens: int) -> Tensor:
+    """[N] advantages, from [N] or from one for each sequence [S], taken by sequence_ids (0 to S - 1); detached."""
+    if advantages.dim() == 1 and advantages.shape[0] != num_tokens and sequence_ids is not None:
+        return advantages.detach().index_select(0, sequence_ids)
+    return advantages.detach()
+
+
+def gradient_rows(spec: PolicyLossSpec, columns: dict[str, Any], mask: Tensor | None) -> Tensor:
+    """[N] bool: the tokens that may have a gradient, as far as it is known before any log-probability.
+
+    A token has none where it is masked, or every coefficient on it is 0: its advantage times weight (under a sequence's
+    ratio: that of every token of the sequence), and its weight where KL or entropy terms act.
+    """
+    weight = columns.get("token_weight")
+    weighted = torch.ones_like(columns["advantages"], dtype=torch.bool) if weight is None else weight != 0
+    weighted = weighted if mask is None else weighted & mask
+    rows = weighted & (columns["advantages"] != 0)
+    if spec.ratio == "sequence":
+        rows = _sequence_mean(rows.float(), columns["sequence_ids"], mask) > 0
+    if spec.acts_at_zero_advantage:
+        rows = rows | weighted
+    return rows if mask is None else rows & mask
 
 
 def check_columns(spec: PolicyLossSpec, num_tokens: int, columns: dict[str, Any]) -> None:
@@ -223,11 +268,19 @@ def _ratio(
 
 def _sequence_mean(values: Tensor, sequence_ids: Tensor, mask: Tensor | None) -> Tensor:
     """[N] -> [N]: each token gets the mean over the unmasked tokens of its sequence; masked values must be 0."""
-    unique_ids, index = torch.unique(sequence_ids, return_inverse=True)
-    counts = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-    zeros = torch.zeros(unique_ids.shape[0], dtype=values.dtype, device=values.device)
-    lengths = zeros.index_add(0, index, counts).clamp(min=1)
-    return (zeros.index_add(0, index, values) / lengths)[index]
+    index = _dense_ids(sequence_ids)
+    # In float64 the order of the sum, which a GPU does not fix, cannot reach a fp32 result.
+    zeros = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
+    counts = torch.ones_like(values) if mask is None else mask
+    lengths = zeros.index_add(0, index, counts.double()).clamp(min=1)
+    return (zeros.index_add(0, index, values.double()) / lengths)[index].to(values.dtype)
+
+
+def _dense_ids(sequence_ids: Tensor) -> Tensor:
+    """[N] int64 -> [N] int64: the rank of each id among the distinct ones; of a known shape, unlike torch.unique."""
+    ordered, order = sequence_ids.sort(stable=True)
+    rank = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
+    return torch.empty_like(order).index_copy(0, order, rank)
 
 
 def _gate(logp: Tensor, ratio: Tensor, advantages: Tensor, spec: PolicyLossSpec) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,21 @@
-"""Row arithmetic between the GEMMs in ATen: softmax statistics of a block of logit rows, and its dlogits.
+"""Row arithmetic between the products: softmax statistics of rows of logits, and their dlogits, in ATen or in Triton.
 
-It owns the fp32 work buffers, a few rows at a time so that they stay in the cache. It refuses to know about heads and
-losses: it takes logits, token ids and two gradient coefficients for each row.
+It owns the work buffers of the ATen path, a few rows at a time so that they stay in the cache, and the choice between the
+two. It refuses to know about heads and losses: it takes logits, token ids and two gradient coefficients for each row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fastreason_kernels.dispatch import resolve
+from fastreason_kernels.gemm import Tiles
+from fastreason_kernels.head import HeadOptions, HeadTensors
+from fastreason_kernels.row_kernels import launch
+from fastreason_kernels.transform import Transform
 
 # Bytes of each of the two work buffers. On a CPU about a hundred rows: fewer bytes stay closer to the cores, but then
 # each pass is so short that two threads on a busy machine wait for each other (measured: ten times slower at 2 MB).
@@ -20,8 +26,7 @@ DEVICE_BUFFER_BYTES = 256 << 20
 LOG_ZERO = -1e30
 
 
-@dataclass(frozen=True)
-class RowStatistics:
+class RowStatistics(NamedTuple):
     """[R] logp of the chosen token, entropy, logsumexp (nats, of the logits after temperature)."""
 
     logp: Tensor
@@ -29,53 +34,177 @@ class RowStatistics:
     lse: Tensor
 
 
-class RowBlock:
-    """Two `[R, V]` buffers that hold, after `load`, p and p log p of a block of rows."""
+class RowCoefficients(NamedTuple):
+    """[R] derivatives of a loss with respect to logp and entropy; entropy's is None where the loss has no such term."""
 
-    def __init__(self, num_rows: int, vocab: int, dtype: torch.dtype, device: torch.device, has_bias: bool) -> None:
-        budget = CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES
-        self.rows = max(1, min(num_rows, budget // (vocab * dtype.itemsize)))
-        self._probs = torch.empty(self.rows, vocab, dtype=dtype, device=device)
-        self._plogp = torch.empty(self.rows, vocab, dtype=dtype, device=device)
-        self._has_bias = has_bias
+    logp: Tensor
+    entropy: Tensor | None
 
-    def load(self, logits: Tensor, ids: Tensor, temperature: Tensor | None) -> RowStatistics:
-        """Fills the buffers from logits [R, V] and returns the statistics of its rows; temperature is [R] or None."""
-        z, log_probs = self._probs[: logits.shape[0]], self._plogp[: logits.shape[0]]
-        z.copy_(logits)
-        if temperature is not None:
-            z.div_(temperature[:, None])
-        torch.log_softmax(z, -1, out=log_probs)
-        logp = log_probs.gather(1, ids[:, None]).squeeze(1)
-        lse = z.gather(1, ids[:, None]).squeeze(1) - logp
-        if self._has_bias:
-            log_probs.clamp_(min=LOG_ZERO)
-        probs = torch.exp(log_probs, out=z)
-        return RowStatistics(logp, -log_probs.mul_(probs).sum(-1), lse)
+    @property
+    def nonzero(self) -> Tensor:
+        """[R] bool: the rows that have a gradient."""
+        return self.logp != 0 if self.entropy is None else (self.logp != 0) | (self.entropy != 0)
+
+
+class RowOps(Protocol):
+    """Statistics and gradients of up to `rows` rows of a tile; `ids` are columns of the tile, or outside of it."""
+
+    rows: int
+    compacts: bool  # whether write_dlogits takes `keep`
+
+    def partials(self, logits: Tensor, ids: Tensor, temperature: Tensor | None) -> Tensor:
+        """[R, 4] of logits [R, C], as in partials.py."""
+        ...
+
+    def recall(self, logits: Tensor, temperature: Tensor | None, lse: Tensor, with_entropy: bool) -> None:
+        """Reads rows whose statistics are known already; write_dlogits follows this or `partials` of the same rows."""
+        ...
 
     def write_dlogits(
-        self, out: Tensor, keep: Tensor | None, ids: Tensor, g_logp: Tensor, g_entropy: Tensor | None, s: RowStatistics
+        self,
+        logits: Tensor,
+        out: Tensor,
+        ids: Tensor,
+        temperature: Tensor | None,
+        coefficients: RowCoefficients,
+        statistics: RowStatistics,
+        keep: Tensor | None = None,
     ) -> None:
-        """Overwrites out [K, V] with d/dz (g_logp * logp + g_entropy * entropy) of rows keep [K]; uses up the block.
+        """Overwrites out [K, C] with the gradient, with respect to the raw logits, of rows `keep` (None: all).
 
-            d_j = g_logp * (1[j = id] - p_j) - g_entropy * p_j * (log p_j + entropy)
+            dz_j = g_logp * (1[j = id] - p_j) - g_entropy * p_j * (log p_j + entropy),  dz / draw by the transform
 
-        keep: indices into the block, None for all of it. ids, g_logp, g_entropy and s are [R], of the whole block; the
-        caller divides g_* by the temperature.
+        logits [R, C], ids, temperature, coefficients, statistics are of all R rows. out may lie in the memory of logits,
+        at the rows themselves or before them.
         """
-        probs, plogp = self._probs[: ids.shape[0]], self._plogp[: ids.shape[0]]
+        ...
+
+
+def row_ops(op: str, head: HeadTensors, tiles: Tiles, options: HeadOptions) -> RowOps:
+    """The row arithmetic for the tiles of a head: Triton's where `op` resolves to it, else ATen's."""
+    if resolve(op, options.impl, head.hidden.device.type, head.hidden.dtype) == "triton":
+        return TritonRows(tiles.rows, options.transform)
+    # Only a bias of -inf removes columns.
+    removed = head.bias is not None
+    return AtenRows(tiles.rows, tiles.columns, head.stat_dtype, head.hidden.device, options.transform, removed)
+
+
+class TritonRows:
+    """Row arithmetic by the kernels of row_kernels/: a whole tile at once, nothing kept between calls."""
+
+    # Choosing rows would wait for the device, to save products on the few rows that a clip leaves without gradient.
+    compacts = False
+
+    def __init__(self, rows: int, transform: Transform) -> None:
+        self.rows = rows
+        self._transform = transform
+
+    def partials(self, logits: Tensor, ids: Tensor, temperature: Tensor | None) -> Tensor:
+        return launch.partials(logits, ids, temperature, self._transform)
+
+    def recall(self, logits: Tensor, temperature: Tensor | None, lse: Tensor, with_entropy: bool) -> None:
+        pass
+
+    def write_dlogits(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        ids: Tensor,
+        temperature: Tensor | None,
+        coefficients: RowCoefficients,
+        statistics: RowStatistics,
+        keep: Tensor | None = None,
+    ) -> None:
+        assert keep is None
+        launch.dlogits(
+            logits, out, ids, temperature, self._transform, statistics.lse, statistics.entropy, *coefficients
+        )
+
+
+class AtenRows:
+    """Row arithmetic in ATen, in two `[rows, C]` buffers that hold p and p log p of the rows last read."""
+
+    compacts = True
+
+    def __init__(
+        self, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, transform: Transform, removed: bool
+    ) -> None:
+        budget = CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES
+        self.rows = max(1, min(num_rows, budget // (width * dtype.itemsize)))
+        self._probs = torch.empty(self.rows, width, dtype=dtype, device=device)
+        self._plogp = torch.empty(self.rows, width, dtype=dtype, device=device)
+        self._transform, self._removed = transform, removed
+
+    def partials(self, logits: Tensor, ids: Tensor, temperature: Tensor | None) -> Tensor:
+        z, log_probs = self._read(logits, temperature)
+        dead = z.amax(-1) == -torch.inf if self._removed else None
+        torch.log_softmax(z, -1, out=log_probs)
+        inside = (ids >= 0) & (ids < z.shape[1])
+        column = ids.clamp(0, z.shape[1] - 1)[:, None]
+        logp, target = log_probs.gather(1, column).squeeze(1), z.gather(1, column).squeeze(1)
+        if self._removed:
+            log_probs.clamp_(min=LOG_ZERO)
+        probs = torch.exp(log_probs, out=z)
+        # With the tile's own logsumexp as the reference point, s is 1 and ez is minus the tile's entropy.
+        result = torch.stack([target - logp, torch.ones_like(logp), target, log_probs.mul_(probs).sum(-1)], dim=1)
+        result[:, 2].masked_fill_(~inside, -torch.inf)
+        if dead is not None:
+            result[dead] = result.new_tensor([-torch.inf, 0.0, -torch.inf, 0.0])
+        return result
+
+    def recall(self, logits: Tensor, temperature: Tensor | None, lse: Tensor, with_entropy: bool) -> None:
+        z, log_probs = self._read(logits, temperature)
+        torch.sub(z, lse[:, None], out=log_probs)
+        if self._removed:
+            log_probs.clamp_(min=LOG_ZERO)
+        probs = torch.exp(log_probs, out=z)
+        if with_entropy:
+            log_probs.mul_(probs)
+
+    def write_dlogits(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        ids: Tensor,
+        temperature: Tensor | None,
+        coefficients: RowCoefficients,
+        statistics: RowStatistics,
+        keep: Tensor | None = None,
+    ) -> None:
+        num_rows, width = logits.shape
+        probs, plogp = self._probs[:num_rows, :width], self._plogp[:num_rows, :width]
+        logp, entropy, _ = statistics
+        scale = self._transform.scale if temperature is None else self._transform.scale / temperature
+        g_logp = coefficients.logp * scale
         # 1 - p without cancellation where p is nearly 1.
-        at_target = -g_logp * torch.expm1(s.logp)
-        if g_entropy is None:
+        at_target = -g_logp * torch.expm1(logp)
+        if coefficients.entropy is None:
             probs.mul_(-g_logp[:, None])
         else:
-            at_target -= g_entropy * s.logp.exp() * (s.logp + s.entropy)
-            probs.mul_(-(g_logp + g_entropy * s.entropy)[:, None]).addcmul_(plogp, -g_entropy[:, None])
-        probs.scatter_(1, ids[:, None], at_target[:, None])
+            g_entropy = coefficients.entropy * scale
+            at_target -= g_entropy * logp.exp() * (logp + entropy)
+            probs.mul_(-(g_logp + g_entropy * entropy)[:, None]).addcmul_(plogp, -g_entropy[:, None])
+        inside = (ids >= 0) & (ids < width)
+        column = ids.clamp(0, width - 1)[:, None]
+        probs.scatter_(1, column, torch.where(inside, at_target, probs.gather(1, column).squeeze(1))[:, None])
+        if self._transform.softcap is not None:
+            capped = torch.tanh(logits.to(probs.dtype).mul_(self._transform.scale / self._transform.softcap))
+            probs.mul_(1 - capped.square_())
         start = 0
-        for first, last in [(0, ids.shape[0])] if keep is None else _runs(keep.tolist()):
+        for first, last in [(0, num_rows)] if keep is None else _runs(keep.tolist()):
             out[start : start + last - first].copy_(probs[first:last])
             start += last - first
+
+    def _read(self, logits: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(z of logits [R, C] after transform and temperature, room for their logarithms), in the two buffers."""
+        num_rows, width = logits.shape
+        z = self._probs[:num_rows, :width]
+        z.copy_(logits)
+        if not self._transform.is_identity:
+            z.copy_(self._transform.apply(z))
+        if temperature is not None:
+            z.div_(temperature[:, None])
+        return z, self._plogp[:num_rows, :width]
 
 
 def _runs(indices: list[int]) -> list[tuple[int, int]]:

@@ -6,13 +6,13 @@ operation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SLACK = 1.5
 
@@ -99,24 +99,28 @@ def head_case(
     return case.to(dtype)
 
 
-class Recorder(TorchDispatchMode):
-    """Records, while active, the largest tensor made (in elements) and the shapes of each matrix product.
+class Recorder:
+    """Records, while active, the largest tensor that an ATen operator takes, and the shapes of each matrix product.
 
-    products: a list of ((rows, inner), (inner, columns)), forward and backward.
+    It looks through torch's profiler, which sees inside of custom operators too. largest: elements. products: a list of
+    ((rows, inner), (inner, columns)), forward and backward, in order. Both are filled on leaving.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.largest = 0
         self.products: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self._profiler = torch.profiler.profile(record_shapes=True)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            left, right = args[-2:]
-            self.products.append((tuple(left.shape), tuple(right.shape)))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
+    def __enter__(self) -> Recorder:
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._profiler.__exit__(*exception)
+        for event in sorted(self._profiler.events(), key=lambda event: event.time_range.start):
+            shapes = [tuple(shape) for shape in event.input_shapes if shape and isinstance(shape[0], int)]
+            self.largest = max([self.largest, *map(math.prod, shapes)])
+            if event.name == "aten::mm":
+                self.products.append((shapes[0], shapes[1]))
+            elif event.name in ("aten::addmm", "aten::addmm_"):
+                self.products.append((shapes[1], shapes[2]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastreason_kernels import linear_logprob
-from fastreason_kernels.head import CHUNK_BYTES, chunk_rows
+from fastreason_kernels.gemm import CPU_ROW_BYTES, even_split
 from fastreason_kernels.linear_logprob.reference import linear_logprob_reference
 from fastreason_kernels.testing import HeadCase, Recorder, assert_no_worse, head_case
 
@@ -67,7 +67,7 @@ def test_matches_float64(num_tokens, vocab, chunk_tokens, dtype):
 def test_bias_temperature_and_row_blocks(dtype, entropy_gradient, monkeypatch):
     # Five rows a block, so that a chunk of 16 has four blocks, the last of one row.
     monkeypatch.setattr("fastreason_kernels.rows.CPU_BUFFER_BYTES", 5 * 301 * 4)
-    monkeypatch.setattr("fastreason_kernels.head.DW_BLOCK", 100)
+    monkeypatch.setattr("fastreason_kernels.gemm.CPU_BLOCK", 100)
     case = head_case(39, 301, dtype=dtype)
     check(case, dtype, 16, bias=True, temperature=case.temperature, entropy_gradient=entropy_gradient)
     check(case, dtype, 16, bias=True, temperature=0.6, entropy_gradient=entropy_gradient)
@@ -234,10 +234,10 @@ def test_wrong_input_is_named(changes, message):
     ("num_rows", "vocab", "itemsize"), [(2048, 49152, 2), (16384, 151936, 2), (1, 17, 4), (5000, 49152, 4)]
 )
 def test_default_chunk_fits_its_budget(num_rows, vocab, itemsize):
-    chunk = chunk_rows(num_rows, vocab, itemsize, None)
-    assert chunk * vocab * itemsize <= CHUNK_BYTES
+    chunk = even_split(num_rows, CPU_ROW_BYTES // (vocab * itemsize))
+    assert chunk * vocab * itemsize <= CPU_ROW_BYTES
     # As few chunks as the budget allows, and none much smaller than another.
-    fewest = math.ceil(num_rows * vocab * itemsize / CHUNK_BYTES)
+    fewest = math.ceil(num_rows * vocab * itemsize / CPU_ROW_BYTES)
     count = math.ceil(num_rows / chunk)
     assert count <= fewest + 1 and num_rows - (count - 1) * chunk > chunk - count
-    assert chunk_rows(num_rows, vocab, itemsize, 7) <= 7
+    assert even_split(num_rows, 7) <= 7

@@ -111,7 +111,7 @@ def check(case: HeadCase, spec, columns, dtype, chunk_tokens, **options):
 def test_every_option_matches_float64(spec, dtype, monkeypatch):
     # Five rows a block: a chunk of 16 has blocks of 5, 5, 5, 1.
     monkeypatch.setattr("fastreason_kernels.rows.CPU_BUFFER_BYTES", 5 * 301 * 4)
-    monkeypatch.setattr("fastreason_kernels.head.DW_BLOCK", 100)
+    monkeypatch.setattr("fastreason_kernels.gemm.CPU_BLOCK", 100)
     case = head_case(61, 301, dtype=dtype)
     options = {"bias": True, "temperature": case.temperature}
     columns = columns_for(case, **options)

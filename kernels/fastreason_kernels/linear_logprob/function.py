@@ -1,7 +1,6 @@
-"""linear_logprob: statistics of the tokens in forward, logits recomputed in backward for the rows that need it.
+"""linear_logprob: the public function, its two operators for torch.library, and the choice of strategy.
 
-It owns the public function and its autograd node (strategy B: 4 head GEMMs with both gradients, `[N]` saved). It
-refuses to know what the log-probabilities are for.
+It owns the autograd of both strategies; strategies.py computes. It refuses to know what the log-probabilities are for.
 """
 
 from __future__ import annotations
@@ -10,12 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastreason_kernels.dispatch import resolve
-from fastreason_kernels.head import HeadGradients, HeadInputs, LogitChunks, check_ids, head_inputs
+from fastreason_kernels.dispatch import IMPLS
+from fastreason_kernels.head import (
+    STRATEGIES,
+    HeadOptions,
+    HeadTensors,
+    check_values,
+    head_arguments,
+    needs_gradient,
+)
+from fastreason_kernels.linear_logprob import strategies
 from fastreason_kernels.linear_logprob.reference import linear_logprob_reference
-from fastreason_kernels.rows import RowBlock
+from fastreason_kernels.lora import LoraHead
+from fastreason_kernels.rows import RowCoefficients, RowStatistics
+from fastreason_kernels.shards import whole_vocab
 
 
 def linear_logprob(
@@ -25,90 +33,268 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora: LoraHead | None = None,
+    ignore_index: int | None = None,
+    entropy_grad: bool = True,
+    strategy: str = "auto",
+    logits: str = "auto",
+    group: Any = None,
     impl: str = "auto",
     chunk_tokens: int | None = None,
+    chunk_vocab: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and logsumexp of tokens from hidden states, without `[N, V]` logits.
 
-        z = (hidden @ weight.T + bias) / temperature
+        z = cap(logit_scale * (hidden @ weight.T + bias + lora)) / temperature,  cap(x) = softcap * tanh(x / softcap)
         logp = log_softmax(z)[ids],  entropy = -sum(softmax(z) * log_softmax(z)),  lse = logsumexp(z)
 
-    hidden [N, D], weight [V, D], bias [V] or None: one dtype, bf16, fp32 or fp64 (autocast casts them as it would for a
-    linear layer). ids [N] int64. temperature: float, or [N], not differentiated. chunk_tokens: most tokens of a
-    logits chunk; None keeps it within 256 MiB. impl: auto | triton | torch | reference.
+    hidden [N, D], weight [V, D], bias [V] or None, lora (a [r, D], b [V, r]): one dtype, bf16, fp32 or fp64 (autocast
+    casts them as it would for a linear layer), differentiated. ids [N] int64. temperature: float, or [N], not
+    differentiated. ignore_index: tokens with this id are skipped exactly; their three results are 0 without a gradient.
+    group: a process group; weight, bias and lora.b are then this rank's shard of V / ranks rows, in the order of ranks,
+    all else is equal on all ranks, and so are the results and the gradient of hidden.
 
-    Returns (logp, entropy, lse), each [N] fp32 in nats (fp64 for fp64 inputs); logp and entropy are differentiable in
-    hidden, weight and bias, lse is not. Backward recomputes the logits of those rows only whose incoming gradient is
-    not zero. bf16 logits are rounded to bf16 before the softmax, as the plain bf16 linear layer does.
+    Returns (logp, entropy, lse), each [N] fp32 in nats (fp64 for fp64 inputs); logp and entropy (with `entropy_grad`) are
+    differentiable, lse is not.
 
-    Raises ValueError for wrong shapes, dtypes, ids or temperature, NotImplementedError for impl="triton".
-    Left out: softcap, logit scale, LoRA on the head, unrounded bf16 logits, double backward, torch.compile.
+    strategy: "B" recomputes in backward the logits of those rows only whose incoming gradient is not zero: 4 head
+    products. "F", for a head that needs no gradient: dX is made in forward but for a factor, 2 products (3 with
+    entropy_grad). "auto" is F for a frozen head without lora, group or entropy_grad, else B.
+    logits: "fp32" never rounds bf16 products to bf16 before the softmax, "bf16" does, as a plain bf16 linear layer;
+    "auto" is fp32 on a GPU and bf16 on a CPU. chunk_tokens, chunk_vocab: most rows and (B) columns of a tile of logits;
+    None keeps a tile within 256 MiB (2.5 GB for whole rows on a GPU). impl: auto | triton | torch | reference.
+
+    Raises ValueError for wrong shapes, dtypes, ids or options, NotImplementedError for impl="triton" where it cannot run.
+    Left out: double backward; float16; shards of different sizes; lse's gradient.
     """
-    chosen = resolve("linear_logprob", impl, hidden.device.type)
-    head = head_inputs(hidden, weight, ids, bias, temperature, chunk_tokens)
-    check_ids(ids, weight.shape[0])
-    if chosen == "reference":
-        scale = 1.0 if head.temperature is None else head.temperature
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear_logprob_reference(head.hidden, head.weight, head.ids, head.bias, scale)
-    result: tuple[Tensor, Tensor, Tensor] = _LinearLogprob.apply(head.hidden, head.weight, head.bias, head)
-    return result
+    _check_names(strategy, impl)
+    head, options = head_arguments(
+        hidden,
+        weight,
+        ids,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
+        logits=logits,
+        group=group,
+        impl=impl,
+        chunk_tokens=chunk_tokens,
+        chunk_vocab=chunk_vocab,
+    )
+    rows = None if ignore_index is None else ids != ignore_index
+    if impl == "reference":
+        return _reference(head, options, lora, rows)
+    chosen = choose_strategy(strategy, head, options, entropy_grad)
+    return logprob_of_rows(head, options, rows, None, chosen, entropy_grad)
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadInputs
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens = hidden.shape[0]
-        logp, entropy, lse = (torch.empty(num_tokens, dtype=head.stat_dtype, device=hidden.device) for _ in range(3))
-        rows = torch.arange(num_tokens, device=hidden.device)
-        chunks = LogitChunks(head, rows)
-        with torch.autocast(hidden.device.type, enabled=False):
-            block = row_block(head, chunks)
-            for chunk_rows, logits in chunks:
-                for part, z in zip(chunk_rows.split(block.rows), logits.split(block.rows), strict=True):
-                    stats = block.load(z, *select(part, head.ids, head.temperature))
-                    logp[part], entropy[part], lse[part] = stats.logp, stats.entropy, stats.lse
-        ctx.save_for_backward(hidden, weight, bias, head.ids, head.temperature)
-        ctx.chunk_tokens, ctx.needs = head.chunk_tokens, head.needs
-        ctx.mark_non_differentiable(lse)
-        return logp, entropy, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_logp: Tensor, g_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, temperature = ctx.saved_tensors
-        head = HeadInputs(hidden, weight, bias, ids, temperature, ctx.chunk_tokens, ctx.needs)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return *logprob_backward(head, g_logp, g_entropy), None
+def logprob_of_rows(
+    head: HeadTensors,
+    options: HeadOptions,
+    rows: Tensor | None,
+    grad_rows: Tensor | None,
+    strategy: str,
+    entropy_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_logprob of checked inputs for rows [N] bool; F prepares gradients for `grad_rows` only (None: rows)."""
+    needs = needs_gradient(head)
+    logp, entropy, lse, *_ = _forward(*head, rows, grad_rows, options.encode(), strategy, entropy_grad, needs)
+    return logp, entropy if entropy_grad else entropy.detach(), lse
 
 
-def logprob_backward(
-    head: HeadInputs, g_logp: Tensor, g_entropy: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, db) from the gradients [N] of logp and entropy, with the logits computed again."""
-    rows = ((g_logp != 0) | (g_entropy != 0)).nonzero().squeeze(1)
-    has_entropy = bool((g_entropy != 0).any())
-    chunks = LogitChunks(head, rows)
-    grads = HeadGradients(head, head.needs, chunks.count)
-    block = row_block(head, chunks)
-    for chunk_rows, logits in chunks:
-        for part, z in zip(chunk_rows.split(block.rows), logits.split(block.rows), strict=True):
-            ids, temperature = select(part, head.ids, head.temperature)
-            stats = block.load(z, ids, temperature)
-            scale = 1.0 if temperature is None else temperature
-            g_ent = g_entropy[part] / scale if has_entropy else None
-            block.write_dlogits(z, None, ids, g_logp[part] / scale, g_ent, stats)
-        grads.add(logits, chunk_rows)
-    return grads.result()
+def choose_strategy(strategy: str, head: HeadTensors, options: HeadOptions, entropy_grad: bool) -> str:
+    """B or F, by the rule in linear_logprob; raises ValueError where F was asked for and cannot be."""
+    needs = needs_gradient(head)
+    frozen = needs[0] and not any(needs[1:]) and head.lora_weight is None and not options.group
+    if strategy == "auto":
+        return "F" if frozen and not entropy_grad else "B"
+    if strategy == "F" and any(needs) and not frozen:
+        raise ValueError(
+            "strategy: got 'F', allowed: 'B', as the head needs a gradient, or has lora or a group; freeze it, or 'auto'"
+        )
+    if strategy == "A":
+        raise ValueError("strategy: got 'A', allowed: auto | B | F; A makes gradients in forward, when a loss is known")
+    return strategy
 
 
-def row_block(head: HeadInputs, chunks: LogitChunks) -> RowBlock:
-    """The work buffers for one chunk of `chunks`."""
-    return RowBlock(chunks.chunk, head.weight.shape[0], head.stat_dtype, head.hidden.device, head.bias is not None)
+def _check_names(strategy: str, impl: str) -> None:
+    for key, value, allowed in (("strategy", strategy, STRATEGIES), ("impl", impl, IMPLS)):
+        if value not in allowed:
+            raise ValueError(f"{key}: got {value!r}, allowed: {' | '.join(allowed)}")
 
 
-def select(rows: Tensor, ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """ids and temperature of the tokens `rows`."""
-    return ids.index_select(0, rows), None if temperature is None else temperature.index_select(0, rows)
+def _reference(
+    head: HeadTensors, options: HeadOptions, lora: LoraHead | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if options.group:
+        raise ValueError("impl: got 'reference', allowed with a group: auto | triton | torch")
+    dtype = head.hidden.dtype
+    lora = None if lora is None else LoraHead(lora.a.to(dtype), lora.b.to(dtype), lora.scale)
+    check_values(head, rows, head.weight.shape[0])
+    ids = head.ids if rows is None else head.ids.masked_fill(~rows, 0)
+    scale = 1.0 if head.temperature is None else head.temperature
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        result = linear_logprob_reference(head.hidden, head.weight, ids, head.bias, scale, options.transform, lora)
+    logp, entropy, lse = (x if rows is None else x.masked_fill(~rows, 0.0) for x in result)
+    return logp, entropy, lse
+
+
+@torch.library.custom_op("fastreason::linear_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    ids: Tensor,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    grad_rows: Tensor | None,
+    options: str,
+    strategy: str,
+    entropy_grad: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse, A, B): the last two for strategy F, [N, D] with zeros in rows without a gradient."""
+    head = HeadTensors(hidden, weight, bias, lora_hidden, lora_weight, ids, temperature)
+    settings = HeadOptions.decode(options)
+    check_values(head, rows, whole_vocab(head, settings.group))
+    everything = torch.arange(hidden.shape[0], device=hidden.device)
+    chosen = everything if rows is None else rows.nonzero().squeeze(1)
+    out = [torch.zeros(hidden.shape[0], dtype=head.stat_dtype, device=hidden.device) for _ in range(3)]
+    slopes = [hidden.new_empty(0), hidden.new_empty(0)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if strategy == "F" and needs[0]:
+            wanted = chosen if grad_rows is None else grad_rows.nonzero().squeeze(1)
+            stats, *made = strategies.frozen_head(head, wanted, settings, entropy_grad)
+            for i, slope in enumerate(made[: 2 if entropy_grad else 1]):
+                slopes[i] = torch.zeros_like(hidden).index_copy_(0, wanted, slope)
+            _write(out, wanted, stats)
+            if grad_rows is not None:
+                chosen = (~grad_rows if rows is None else rows & ~grad_rows).nonzero().squeeze(1)
+            else:
+                chosen = chosen[:0]
+        _write(out, chosen, strategies.statistics(head, chosen, settings))
+    return out[0], out[1], out[2], slopes[0], slopes[1]
+
+
+def _write(out: list[Tensor], rows: Tensor, stats: RowStatistics) -> None:
+    for whole, part in zip(out, stats, strict=True):
+        whole.index_copy_(0, rows, part)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    ids: Tensor,
+    temperature: Tensor | None,
+    rows: Tensor | None,
+    grad_rows: Tensor | None,
+    options: str,
+    strategy: str,
+    entropy_grad: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logp, entropy, lse = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+    frozen = strategy == "F" and needs[0]
+    slope = torch.empty_like(hidden) if frozen else hidden.new_empty(0)
+    entropy_slope = torch.empty_like(hidden) if frozen and entropy_grad else hidden.new_empty(0)
+    return logp, entropy, lse, slope, entropy_slope
+
+
+@torch.library.custom_op("fastreason::linear_logprob_backward", mutates_args=())
+def _recompute(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    ids: Tensor,
+    temperature: Tensor | None,
+    logp: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    g_logp: Tensor,
+    g_entropy: Tensor | None,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five differentiable tensors; an empty tensor where none is needed."""
+    head = HeadTensors(hidden, weight, bias, lora_hidden, lora_weight, ids, temperature)
+    if g_entropy is not None and hidden.device.type == "cpu" and not bool(g_entropy.any()):
+        g_entropy = None
+    with torch.autocast(hidden.device.type, enabled=False):
+        d_hidden, d_weight, d_bias, d_lora_hidden, d_lora_weight = strategies.recompute_gradients(
+            head,
+            RowStatistics(logp, entropy, lse),
+            RowCoefficients(g_logp, g_entropy),
+            HeadOptions.decode(options),
+            needs,
+        )
+    return d_hidden, d_weight, d_bias, d_lora_hidden, d_lora_weight
+
+
+@_recompute.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    ids: Tensor,
+    temperature: Tensor | None,
+    logp: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    g_logp: Tensor,
+    g_entropy: Tensor | None,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (hidden, weight, bias, lora_hidden, lora_weight)
+    a, b, c, d, e = (
+        torch.empty_like(tensor) if need and tensor is not None else hidden.new_empty(0)
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+    return a, b, c, d, e
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *head, rows, _, options, strategy, _, needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.options, ctx.needs, ctx.strategy = options, needs, strategy
+    if strategy == "F":
+        ctx.save_for_backward(*output[3:])
+    else:
+        ctx.save_for_backward(*head, rows, *output[:3])
+
+
+def _backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 8
+    if g_logp is None and g_entropy is None:
+        return (None,) * 5 + rest
+    if ctx.strategy == "F":
+        terms = zip((g_logp, g_entropy), ctx.saved_tensors, strict=True)
+        scaled = [g[:, None] * slope for g, slope in terms if g is not None]
+        d_hidden = sum(scaled[1:], scaled[0]).to(ctx.saved_tensors[0].dtype)
+        return (d_hidden, None, None, None, None, *rest)
+    *saved, rows, logp, entropy, lse = ctx.saved_tensors
+    g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
+    if rows is not None:
+        g_logp = g_logp.masked_fill(~rows, 0.0)
+        g_entropy = None if g_entropy is None else g_entropy.masked_fill(~rows, 0.0)
+    grads = _recompute(*saved, logp, entropy, lse, g_logp, g_entropy, ctx.options, ctx.needs)
+    return (*(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)), *rest)
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

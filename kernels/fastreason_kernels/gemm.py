@@ -1,0 +1,202 @@
+"""The matrix products of a head, tile by tile: logits, and the sums dX, dW, db and those of a low-rank update.
+
+It owns every product and every buffer as large as a tile. It refuses to hold `[N, V]` when that is more than a tile, and
+to know what is done to the logits of a tile. Sums over tiles are fp32 and are cast once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastreason_kernels.head import HeadOptions, HeadTensors
+
+# Tiles of whole rows. On a CPU what stays cheap to allocate; on a device 4096 fp32 rows of 152,064 columns, because every
+# chunk after the first reads and writes the fp32 dW.
+CPU_ROW_BYTES = 256 << 20
+DEVICE_ROW_BYTES = 2_500_000_000
+
+# Tiles of columns (strategy B on a device): 8192 columns at 8192 rows in fp32.
+TILE_BYTES = 256 << 20
+FEWEST_COLUMNS = 2048
+
+# Columns of one CPU product that is widened or transposed on the way: bounds the copy beside its result.
+CPU_BLOCK = 1024
+
+ROW_SIDE, COLUMN_SIDE = (0, 3), (1, 4)  # hidden, lora_hidden; weight, lora_weight
+
+
+class Tiles:
+    """Walks over chosen tokens of a head, one tile of logits `[rows, columns]` at a time, in one reused buffer.
+
+    A tile has whole rows, unless `by_columns`: then it is a block of columns on a device, or where options.chunk_vocab
+    asks for it. `copies` buffers as large as a tile share the budget.
+    """
+
+    def __init__(
+        self, head: HeadTensors, rows: Tensor, options: HeadOptions, *, by_columns: bool = False, copies: int = 1
+    ) -> None:
+        self._head, self._rows = head, rows
+        device, vocab, count = head.hidden.device, head.weight.shape[0], rows.shape[0]
+        dtype = logits_dtype(head, options)
+        if by_columns and (device.type != "cpu" or options.chunk_vocab):
+            self.rows = even_split(count, options.chunk_tokens or TILE_BYTES // (FEWEST_COLUMNS * dtype.itemsize))
+            fitting = TILE_BYTES // (self.rows * dtype.itemsize) // 256 * 256
+            self.columns = min(vocab, options.chunk_vocab or max(FEWEST_COLUMNS, fitting))
+        else:
+            budget = (CPU_ROW_BYTES if device.type == "cpu" else DEVICE_ROW_BYTES) // copies
+            self.rows = even_split(count, options.chunk_tokens or max(1, budget // (vocab * dtype.itemsize)))
+            self.columns = vocab
+        self.num_row_chunks = math.ceil(count / self.rows)
+        shape = (min(self.rows, count), self.columns)
+        self._buffers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(copies)]
+
+    def row_chunks(self) -> Iterator[Tensor]:
+        """Yields the tokens [K] int64 of each chunk of rows."""
+        return iter(self._rows.split(self.rows) if self._rows.shape[0] else ())
+
+    def column_blocks(self) -> Iterator[slice]:
+        """Yields the columns of each tile of a chunk of rows, in order."""
+        vocab = self._head.weight.shape[0]
+        return (slice(start, min(vocab, start + self.columns)) for start in range(0, vocab, self.columns))
+
+    def logits(self, rows: Tensor, columns: slice) -> Tensor:
+        """[K, C] head outputs of the tokens `rows`, before any transform, in the first buffer; free to be overwritten."""
+        head, hidden = self._head, self._head.hidden.index_select(0, rows)
+        weight = head.weight[columns]
+        out = self._buffers[0][: rows.shape[0], : weight.shape[0]]
+        if head.bias is not None and out.dtype == hidden.dtype:
+            torch.addmm(head.bias[columns], hidden, weight.T, out=out)
+        else:
+            product(hidden, weight.T, out)
+            if head.bias is not None:
+                out += head.bias[columns]
+        if head.lora_hidden is not None and head.lora_weight is not None:
+            accumulate(out, head.lora_hidden.index_select(0, rows), head.lora_weight[columns].T)
+        return out
+
+    def gradient_view(self, logits: Tensor, buffer: int = 0) -> Tensor:
+        """[K, C] in the operands' dtype, in the memory of a buffer: by default that of the logits themselves.
+
+        Where logits are wider than the operands, each row's gradient begins where its logits begin.
+        """
+        out = self._buffers[buffer][: logits.shape[0]]
+        return out.view(self._head.hidden.dtype)[:, : logits.shape[1]]
+
+
+class HeadGradients:
+    """Sums the gradients of a head's five tensors over tiles of dlogits, in fp32, each cast once at the end."""
+
+    def __init__(self, head: HeadTensors, needs: list[bool], tiles: Tiles) -> None:
+        self._head, self._vocab = head, head.weight.shape[0]
+        self._single = tiles.num_row_chunks <= 1
+        self._grads: dict[int, Tensor] = {}
+        for index, tensor in enumerate(head.differentiable()):
+            if needs[index] and tensor is not None:
+                wide = index == 2 or (index in COLUMN_SIDE and not self._single)
+                dtype = head.stat_dtype if wide else tensor.dtype
+                fresh = index in COLUMN_SIDE and self._single
+                make = torch.empty if fresh else torch.zeros
+                self._grads[index] = make(tensor.shape, dtype=dtype, device=tensor.device)
+        self._row_sums: dict[int, Tensor] = {}
+        self._is_empty = True
+
+    def add(self, dlogits: Tensor, rows: Tensor, columns: slice) -> None:
+        """Adds dlogits [K, C], the gradient of the head's output `columns` for the tokens `rows` [K].
+
+        The column blocks of one set of rows come in order, from column 0 to the last.
+        """
+        if rows.shape[0] == 0:
+            return
+        self._is_empty = False
+        for row_side, column_side in zip(ROW_SIDE, COLUMN_SIDE, strict=True):
+            if row_side in self._grads:
+                self._add_rows(row_side, dlogits, rows, columns, self._tensor(column_side)[columns])
+            if column_side in self._grads:
+                operand = self._tensor(row_side).index_select(0, rows)
+                add_outer(self._grads[column_side][columns], dlogits, operand, fresh=self._single)
+        if 2 in self._grads:
+            self._grads[2][columns] += dlogits.sum(0, dtype=self._grads[2].dtype)
+
+    def _add_rows(self, index: int, dlogits: Tensor, rows: Tensor, columns: slice, operand: Tensor) -> None:
+        if columns == slice(0, self._vocab):
+            self._grads[index].index_copy_(0, rows, dlogits @ operand)
+            return
+        if columns.start == 0:
+            shape = (rows.shape[0], operand.shape[1])
+            self._row_sums[index] = torch.zeros(shape, dtype=self._head.stat_dtype, device=dlogits.device)
+        accumulate(self._row_sums[index], dlogits, operand)
+        if columns.stop == self._vocab:
+            self._grads[index].index_copy_(0, rows, self._row_sums.pop(index).to(operand.dtype))
+
+    def _tensor(self, index: int) -> Tensor:
+        tensor = self._head[index]
+        assert tensor is not None
+        return tensor
+
+    def result(self) -> list[Tensor]:
+        """The five gradients in the dtypes of their tensors; an empty tensor where none was asked for."""
+        results = []
+        for index in range(5):
+            grad = self._grads.pop(index, None)
+            if grad is not None and self._is_empty:
+                grad.zero_()
+            results.append(self._head.hidden.new_empty(0) if grad is None else grad.to(self._tensor(index).dtype))
+        return results
+
+
+def logits_dtype(head: HeadTensors, options: HeadOptions) -> torch.dtype:
+    """bf16 operands give fp32 logits on a device by default, bf16 logits on a CPU; other operands logits of their own."""
+    if head.hidden.dtype != torch.bfloat16:
+        return head.hidden.dtype
+    if options.logits == "auto":
+        return torch.bfloat16 if head.hidden.device.type == "cpu" else torch.float32
+    return torch.float32 if options.logits == "fp32" else torch.bfloat16
+
+
+def even_split(count: int, limit: int) -> int:
+    """The size of each part when `count` things are split evenly into as few parts as `limit` allows; at least 1."""
+    num_parts = max(1, math.ceil(count / limit))
+    return max(1, math.ceil(count / num_parts))
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out [M, L] = a [M, K] @ b [K, L]; out may be fp32 where a and b are bf16, and is then never rounded to bf16."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        wide = a.to(out.dtype)
+        for start in range(0, b.shape[1], CPU_BLOCK):
+            out[:, start : start + CPU_BLOCK] = wide @ b[:, start : start + CPU_BLOCK].to(out.dtype)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [M, L] += a [M, K] @ b [K, L]; out may be fp32 where a and b are bf16."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif a.device.type == "cpu":
+        for start in range(0, b.shape[1], CPU_BLOCK):
+            # A bf16 product rounds once; the sum is not rounded again.
+            out[:, start : start + CPU_BLOCK] += a @ b[:, start : start + CPU_BLOCK]
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def add_outer(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """out [C, D] (+)= a.T @ b for a [K, C], b [K, D]; `fresh` overwrites instead of adding."""
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16:
+        # oneDNN's bf16 product wants the small operand transposed, not the large one: 0.7 of the time.
+        b_transposed = b.T.contiguous()
+        for start in range(0, a.shape[1], CPU_BLOCK):
+            part = (b_transposed @ a[:, start : start + CPU_BLOCK]).T
+            block = out[start : start + CPU_BLOCK]
+            block.copy_(part) if fresh else block.add_(part)
+    elif fresh:
+        torch.mm(a.T, b, out=out)
+    else:
+        accumulate(out, a.T, b)

@@ -1,0 +1,46 @@
+"""A vocabulary that is split over the ranks of a process group: rank r holds rows [r * V / ranks, (r + 1) * V / ranks).
+
+It owns the two collectives: one all-gather of four numbers a token, merged in the order of the ranks, and one sum of dX.
+It refuses uneven shards.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastreason_kernels.head import HeadTensors
+from fastreason_kernels.partials import merge
+
+
+def first_column(head: HeadTensors, group: str) -> int:
+    """The vocabulary id of this rank's first row."""
+    return dist.get_rank(_resolve(group)) * head.weight.shape[0] if group else 0
+
+
+def whole_vocab(head: HeadTensors, group: str) -> int:
+    """V over all ranks."""
+    return head.weight.shape[0] * (dist.get_world_size(_resolve(group)) if group else 1)
+
+
+def merge_ranks(partials: Tensor, group: str) -> Tensor:
+    """[N, 4] of the whole vocabulary, the same bits on every rank, from this rank's [N, 4]."""
+    process_group = _resolve(group)
+    gathered = [torch.empty_like(partials) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(gathered, partials.contiguous(), group=process_group)
+    whole = gathered[0]
+    for part in gathered[1:]:
+        whole = merge(whole, part)
+    return whole
+
+
+def sum_ranks(grad: Tensor, group: str) -> Tensor:
+    """The sum over ranks of a gradient that each rank has of its own columns only, summed in fp32."""
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    dist.all_reduce(wide, group=_resolve(group))
+    return wide.to(grad.dtype)
+
+
+def _resolve(group: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(group))
