@@ -112,6 +112,7 @@ class HeadGradients:
         if rows.shape[0] == 0:
             return
         self._is_empty = False
+        clear_tail(dlogits)
         for row_side, column_side in zip(ROW_SIDE, COLUMN_SIDE, strict=True):
             if row_side in self._grads:
                 self._add_rows(row_side, dlogits, rows, columns, self._tensor(column_side)[columns])
@@ -173,6 +174,17 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
             out[:, start : start + CPU_BLOCK] = wide @ b[:, start : start + CPU_BLOCK].to(out.dtype)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def clear_tail(a: Tensor) -> None:
+    """Zeroes what lies behind the columns of a [K, C] view into wider bf16 rows, on a CPU, up to a multiple of 32.
+
+    oneDNN's AMX products read it and multiply it by zeros, which makes NaN of stale bits (seen in torch 2.13).
+    """
+    stride, width = a.stride(0), a.shape[1]
+    tail = min(-width % 32, stride - width)
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16 and tail > 0:
+        a.as_strided((a.shape[0], tail), (stride, 1), a.storage_offset() + width).zero_()
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -6,10 +6,10 @@ refuses to compute anything.
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -61,14 +61,20 @@ class HeadOptions:
 
     def encode(self) -> str:
         """A string for a custom operator; `HeadOptions.decode` undoes it."""
-        return json.dumps(asdict(self))
+        numbers = (self.transform.scale, self.transform.softcap, self.chunk_tokens, self.chunk_vocab)
+        if torch.compiler.is_compiling():
+            # A number that differed between two calls is symbolic by then, and must be a constant to be in a string.
+            from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+            numbers = tuple([None if number is None else guard_scalar(number) for number in numbers])
+        return repr([*numbers, self.logits, self.impl, self.group])
 
     @staticmethod
     @functools.cache
     def decode(encoded: str) -> HeadOptions:
         """The options that `encode` made a string of."""
-        fields: dict[str, Any] = json.loads(encoded)
-        return HeadOptions(**{**fields, "transform": Transform(**fields["transform"])})
+        scale, softcap, *rest = ast.literal_eval(encoded)
+        return HeadOptions(Transform(scale, softcap), *rest)
 
 
 def head_arguments(

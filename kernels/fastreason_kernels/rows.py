@@ -188,7 +188,7 @@ class AtenRows:
         column = ids.clamp(0, width - 1)[:, None]
         probs.scatter_(1, column, torch.where(inside, at_target, probs.gather(1, column).squeeze(1))[:, None])
         if self._transform.softcap is not None:
-            capped = torch.tanh(logits.to(probs.dtype).mul_(self._transform.scale / self._transform.softcap))
+            capped = torch.tanh(logits.to(probs.dtype) * (self._transform.scale / self._transform.softcap))
             probs.mul_(1 - capped.square_())
         start = 0
         for first, last in [(0, num_rows)] if keep is None else _runs(keep.tolist()):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreason_kernels.gemm import HeadGradients, Tiles
+from fastreason_kernels.gemm import HeadGradients, Tiles, clear_tail
 from fastreason_kernels.head import HeadOptions, HeadTensors
 from fastreason_kernels.partials import finish, merge
 from fastreason_kernels.rows import RowCoefficients, RowOps, RowStatistics, row_ops
@@ -102,8 +102,10 @@ def frozen_head(
             ops.write_dlogits(z, out[block], ids, temperature, RowCoefficients(one, None), stats)
             found.append(torch.stack(stats, dim=1))
             start = block.stop
+        clear_tail(out)
         slope.append(out @ head.weight)
         if spare is not None:
+            clear_tail(spare)
             entropy_slope.append(spare @ head.weight)
     return RowStatistics(*torch.cat(found).unbind(1)), torch.cat(slope), torch.cat(entropy_slope)
 

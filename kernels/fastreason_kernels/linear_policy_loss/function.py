@@ -71,7 +71,8 @@ def linear_policy_loss(
     hidden, weight, ids and all that belongs to the head (bias, temperature, softcap, logit_scale, lora, logits, group,
     impl, chunk_*): as in linear_logprob. advantages, behaviour_logp, ref_logp, sampler_logp, token_weight: [N] float, not
     differentiated (advantages also [S], one a sequence). mask: [N] bool; False rows are skipped whatever they hold.
-    sequence_ids: [N] int64. The result is a sum: fold the one division by the global count into token_weight.
+    sequence_ids: [N] int64. These columns may stay on the CPU when hidden is on a GPU: then no row is chosen by waiting
+    for it. The result is a sum: fold the one division by the global count into token_weight.
 
     statistics: "all" computes logp, entropy, kl, ratio of every unmasked token (one head product for those without a
     gradient); "active" skips tokens known beforehand to have no gradient and reports NaN and computed = False for them.
@@ -177,6 +178,9 @@ def _composed(
     strategy: str,
 ) -> PolicyLossOutput:
     """Strategies B and F: all log-probabilities first, then the loss, through whose graph the gradient comes back."""
+    device = head.hidden.device
+    columns = {name: None if value is None else value.to(device, non_blocking=True) for name, value in columns.items()}
+    mask = None if mask is None else mask.to(device, non_blocking=True)
     active = gradient_rows(spec, columns, mask)
     rows = active if statistics == "active" else mask
     logp, entropy, _ = logprob_of_rows(head, options, rows, active, strategy, spec.entropy_coef != 0)
@@ -211,16 +215,20 @@ def _forward(
     columns = {name: value for name, value in zip(COLUMNS, given, strict=True) if value is not None}
     chosen, settings = PolicyLossSpec.decode(spec), HeadOptions.decode(options)
     check_values(head, mask, weight.shape[0])
+    # Where the columns are on the CPU, choosing rows waits for no device.
     active = gradient_rows(chosen, columns, mask)
     idle = ~active if mask is None else mask & ~active
+    active_rows, idle_rows = (x.nonzero().squeeze(1).to(hidden.device, non_blocking=True) for x in (active, idle))
+    columns = {name: value.to(hidden.device, non_blocking=True) for name, value in columns.items()}
+    mask = None if mask is None else mask.to(hidden.device, non_blocking=True)
     report = TokenReport.empty(hidden.shape[0], head.stat_dtype, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss = token_loss(chosen, columns, mask)
-        total, grads = run(head, loss, active.nonzero().squeeze(1), report, settings, needs)
+        loss = token_loss(chosen, columns, mask, head.stat_dtype)
+        total, grads = run(head, loss, active_rows, report, settings, needs)
         if loss.constant is not None:
             total = total + loss.constant
         if statistics == "all":
-            rest, _ = run(head, loss, idle.nonzero().squeeze(1), report, settings, [False] * 5)
+            rest, _ = run(head, loss, idle_rows, report, settings, [False] * 5)
             total = total + rest
     a, b, c, d, e = grads
     return total, report.logp, report.entropy, report.kl, report.ratio, report.clipped, report.computed, a, b, c, d, e

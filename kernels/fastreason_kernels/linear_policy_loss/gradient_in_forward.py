@@ -36,7 +36,7 @@ class TokenLoss:
     constant: Tensor | None = None
 
 
-def token_loss(spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | None) -> TokenLoss:
+def token_loss(spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | None, dtype: torch.dtype) -> TokenLoss:
     """The TokenLoss that equals `spec`; for a sequence's ratio only where spec.couples_tokens says that it couples none."""
     token_columns = {name: value for name, value in columns.items() if name != "sequence_ids"}
     if spec.ratio != "sequence":
@@ -48,7 +48,7 @@ def token_loss(spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | 
     policy_only = replace(spec, kl="none", kl_coef=0.0, entropy_coef=0.0)
 
     with autograd_inside():
-        logp = torch.zeros_like(columns["advantages"]).requires_grad_()
+        logp = torch.zeros_like(columns["advantages"], dtype=dtype).requires_grad_()
         constant = evaluate(logp, None, policy_only, mask=mask, **columns).loss_sum
         (slope,) = torch.autograd.grad(constant, logp)
     token_columns["advantages"] = torch.zeros_like(slope)
