@@ -88,37 +88,41 @@ class Tiles:
 
 
 class HeadGradients:
-    """Sums the gradients of a head's five tensors over tiles of dlogits, in fp32, each cast once at the end."""
+    """Sums the gradients of a head's five tensors over tiles of dlogits, in fp32, each cast once.
 
-    def __init__(self, head: HeadTensors, needs: list[bool], tiles: Tiles) -> None:
+    dtypes: of the five results; None takes that of the tensors.
+    """
+
+    def __init__(
+        self, head: HeadTensors, needs: list[bool], tiles: Tiles, dtypes: list[torch.dtype] | None = None
+    ) -> None:
         self._head, self._vocab = head, head.weight.shape[0]
-        self._single = tiles.num_row_chunks <= 1
+        self._dtypes = [head.hidden.dtype] * 5 if dtypes is None else dtypes
         self._grads: dict[int, Tensor] = {}
         for index, tensor in enumerate(head.differentiable()):
             if needs[index] and tensor is not None:
-                wide = index == 2 or (index in COLUMN_SIDE and not self._single)
-                dtype = head.stat_dtype if wide else tensor.dtype
-                fresh = index in COLUMN_SIDE and self._single
-                make = torch.empty if fresh else torch.zeros
+                wide = index == 2 or (index in COLUMN_SIDE and tiles.num_row_chunks > 1)
+                dtype = head.stat_dtype if wide else self._dtypes[index]
+                make = torch.empty if index in COLUMN_SIDE else torch.zeros
                 self._grads[index] = make(tensor.shape, dtype=dtype, device=tensor.device)
         self._row_sums: dict[int, Tensor] = {}
-        self._is_empty = True
+        self._first: Tensor | None = None
 
     def add(self, dlogits: Tensor, rows: Tensor, columns: slice) -> None:
         """Adds dlogits [K, C], the gradient of the head's output `columns` for the tokens `rows` [K].
 
-        The column blocks of one set of rows come in order, from column 0 to the last.
+        The column blocks of one set of rows (the same tensor) come in order, from column 0 to the last.
         """
         if rows.shape[0] == 0:
             return
-        self._is_empty = False
         clear_tail(dlogits)
+        self._first = rows if self._first is None else self._first
         for row_side, column_side in zip(ROW_SIDE, COLUMN_SIDE, strict=True):
             if row_side in self._grads:
                 self._add_rows(row_side, dlogits, rows, columns, self._tensor(column_side)[columns])
             if column_side in self._grads:
                 operand = self._tensor(row_side).index_select(0, rows)
-                add_outer(self._grads[column_side][columns], dlogits, operand, fresh=self._single)
+                add_outer(self._grads[column_side][columns], dlogits, operand, fresh=rows is self._first)
         if 2 in self._grads:
             self._grads[2][columns] += dlogits.sum(0, dtype=self._grads[2].dtype)
 
@@ -139,13 +143,13 @@ class HeadGradients:
         return tensor
 
     def result(self) -> list[Tensor]:
-        """The five gradients in the dtypes of their tensors; an empty tensor where none was asked for."""
+        """The five gradients in their dtypes; an empty tensor where none was asked for."""
         results = []
-        for index in range(5):
+        for index, dtype in enumerate(self._dtypes):
             grad = self._grads.pop(index, None)
-            if grad is not None and self._is_empty:
+            if grad is not None and self._first is None:
                 grad.zero_()
-            results.append(self._head.hidden.new_empty(0) if grad is None else grad.to(self._tensor(index).dtype))
+            results.append(self._head.hidden.new_empty(0) if grad is None else grad.to(dtype))
         return results
 
 
@@ -156,6 +160,32 @@ def logits_dtype(head: HeadTensors, options: HeadOptions) -> torch.dtype:
     if options.logits == "auto":
         return torch.bfloat16 if head.hidden.device.type == "cpu" else torch.float32
     return torch.float32 if options.logits == "fp32" else torch.bfloat16
+
+
+def gradient_dtypes(head: HeadTensors) -> list[torch.dtype]:
+    """The dtypes of gradients that are made in forward and scaled in backward.
+
+    On a device the sums over rows stay fp32 until then, so that one pass scales and casts them; on a CPU, where the scale
+    is seen to be 1, they are cast at once and take half of the memory.
+    """
+    dtype = head.hidden.dtype
+    late = dtype if head.hidden.device.type == "cpu" else head.stat_dtype
+    return [late if index in COLUMN_SIDE else dtype for index in range(5)]
+
+
+def scale_gradients(
+    grads: tuple[Tensor, ...], needs: list[bool], factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """The gradients [any] that were made in forward times the loss's own gradient [], in `dtype`; None where not needed."""
+    # On a CPU the usual factor of 1 is seen without a wait, and spares a pass over dW; a traced one has no value.
+    traced = type(factor) is not Tensor
+    if not traced and factor.device.type == "cpu" and float(factor) == 1:
+        scaled = grads
+    elif traced:
+        scaled = tuple((grad * factor).to(dtype) for grad in grads)
+    else:
+        scaled = tuple(torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype)) for grad in grads)
+    return tuple(grad if need else None for grad, need in zip(scaled, needs, strict=True))
 
 
 def even_split(count: int, limit: int) -> int:

@@ -61,12 +61,12 @@ class HeadOptions:
 
     def encode(self) -> str:
         """A string for a custom operator; `HeadOptions.decode` undoes it."""
-        numbers = (self.transform.scale, self.transform.softcap, self.chunk_tokens, self.chunk_vocab)
+        numbers = [self.transform.scale, self.transform.softcap, self.chunk_tokens, self.chunk_vocab]
         if torch.compiler.is_compiling():
             # A number that differed between two calls is symbolic by then, and must be a constant to be in a string.
             from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-            numbers = tuple([None if number is None else guard_scalar(number) for number in numbers])
+            numbers = [None if number is None else guard_scalar(number) for number in numbers]
         return repr([*numbers, self.logits, self.impl, self.group])
 
     @staticmethod
@@ -178,7 +178,8 @@ def _temperature(
             raise ValueError(f"temperature: shape {tuple(temperature.shape)}, allowed: a float or [N] = [{num_tokens}]")
         return temperature.detach().to(dtype)
     _require("temperature", temperature, 0 < temperature < math.inf, "> 0")
-    return None if temperature == 1 else torch.full((num_tokens,), temperature, dtype=dtype, device=device)
+    # Not torch.full: there torch.compile makes the number a constant, and each new temperature compiles anew.
+    return None if temperature == 1 else torch.ones(num_tokens, dtype=dtype, device=device) * temperature
 
 
 def _require(key: str, value: Any, ok: bool, allowed: str) -> None:

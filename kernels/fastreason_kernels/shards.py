@@ -6,6 +6,8 @@ It refuses uneven shards.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,15 +26,27 @@ def whole_vocab(head: HeadTensors, group: str) -> int:
     return head.weight.shape[0] * (dist.get_world_size(_resolve(group)) if group else 1)
 
 
-def merge_ranks(partials: Tensor, group: str) -> Tensor:
-    """[N, 4] of the whole vocabulary, the same bits on every rank, from this rank's [N, 4]."""
+def merge_ranks(partials: Tensor, num_rows: int, group: str) -> Tensor:
+    """[N, 4] of the whole vocabulary, the same bits on every rank, from this rank's [N, 4] of `num_rows` ids.
+
+    Raises ValueError where ranks have different numbers of rows: then ids would mean other rows. Elsewhere than on a CPU
+    the result is NaN instead, as reading the numbers would wait for the device.
+    """
     process_group = _resolve(group)
-    gathered = [torch.empty_like(partials) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(gathered, partials.contiguous(), group=process_group)
+    sent = torch.cat([partials, partials.new_full((1, 4), num_rows)])
+    gathered = [torch.empty_like(sent) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(gathered, sent, group=process_group)
+    sizes = torch.stack([part[-1, 0] for part in gathered])
+    uneven = (sizes != num_rows).any()
+    if partials.device.type == "cpu" and bool(uneven):
+        raise ValueError(
+            f"weight: shards of {sizes.long().tolist()} rows over the group, allowed: as many on each rank; pad the "
+            "vocabulary, and remove the padding with a bias of -inf"
+        )
     whole = gathered[0]
     for part in gathered[1:]:
         whole = merge(whole, part)
-    return whole
+    return whole[:-1].masked_fill(uneven, torch.nan)
 
 
 def sum_ranks(grad: Tensor, group: str) -> Tensor:
@@ -43,4 +57,5 @@ def sum_ranks(grad: Tensor, group: str) -> Tensor:
 
 
 def _resolve(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(group))
+    name: Any = group  # newer versions of torch have a type of their own for it
+    return dist.distributed_c10d._resolve_process_group(name)

@@ -55,7 +55,7 @@ def tanh_slope(x):
     """(tanh(x), 1 - tanh(x)^2), both with a relative error of a few ulp; tanh by its series where it would cancel."""
     u = exp(-2.0 * tl.abs(x))
     inverse = 1.0 / (1.0 + u)
-    far = (1.0 - u) * inverse
+    far = 1.0 - 2.0 * u * inverse
     x2 = x * x
     near = x + x * x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
     far = tl.where(x < 0, -far, far)

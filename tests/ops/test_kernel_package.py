@@ -35,21 +35,35 @@ def test_import_rules():
             assert "triton" not in roots or path.name in ("kernels.py", "tiles.py"), path
 
 
-def test_auto_is_torch_and_is_logged(caplog):
+def test_auto_is_torch_without_a_gpu_and_says_why(caplog):
     resolve.cache_clear()
     with caplog.at_level(logging.INFO):
         assert [resolve("linear_logprob", "auto", "cpu") for _ in range(3)] == ["torch"] * 3
     assert [record.message for record in caplog.records if "linear_logprob" in record.message] == [
-        f"linear_logprob on cpu: impl=torch (asked for auto, torch {torch.__version__})"
+        f"linear_logprob on cpu: impl=torch (asked for auto, as the device is cpu, not a GPU, torch {torch.__version__})"
     ]
 
 
 def test_triton_is_refused_not_replaced():
     hidden, weight, ids = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(NotImplementedError, match="'triton' is not available yet for linear_logprob on cpu"):
+    with pytest.raises(NotImplementedError, match="'triton' does not run here: the device is cpu"):
         linear_logprob(hidden, weight, ids, impl="triton")
-    with pytest.raises(NotImplementedError, match="'triton' is not available yet for linear_policy_loss"):
+    with pytest.raises(NotImplementedError, match="use impl='auto' or impl='torch'"):
         linear_policy_loss(hidden, weight, ids, torch.ones(2), PolicyLossSpec(), impl="triton")
+    with pytest.raises(NotImplementedError, match="float64"):
+        resolve("linear_logprob", "triton", "cuda", torch.float64)
+
+
+def test_auto_is_triton_on_a_gpu_unless_it_is_missing(monkeypatch, caplog):
+    resolve.cache_clear()
+    assert resolve("linear_policy_loss", "auto", "cuda") == "triton"
+    assert resolve("linear_policy_loss", "auto", "cuda", torch.float64) == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    resolve.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert resolve("linear_policy_loss", "auto", "cuda") == "torch"
+    assert "the package triton is not installed" in caplog.text
+    resolve.cache_clear()
 
 
 def test_error_rule():
@@ -67,6 +81,6 @@ def test_error_rule():
 def test_readme_examples_run():
     # Not part of the installed package: the folder above it in the repository.
     blocks = re.findall(r"```python\n(.*?)```", (PACKAGE.parent / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 7
     for block in blocks:
         exec(block, {})

@@ -87,7 +87,8 @@ def linear_logprob(
     )
     rows = None if ignore_index is None else ids != ignore_index
     if impl == "reference":
-        return _reference(head, options, lora, rows)
+        logp, entropy, lse = _reference(head, options, lora, rows)
+        return logp, entropy if entropy_grad else entropy.detach(), lse
     chosen = choose_strategy(strategy, head, options, entropy_grad)
     return logprob_of_rows(head, options, rows, None, chosen, entropy_grad)
 
@@ -284,9 +285,10 @@ def _backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, *_: Any
     if g_logp is None and g_entropy is None:
         return (None,) * 5 + rest
     if ctx.strategy == "F":
-        terms = zip((g_logp, g_entropy), ctx.saved_tensors, strict=True)
+        slopes = ctx.saved_tensors  # read once: a checkpoint gives them once
+        terms = zip((g_logp, g_entropy), slopes, strict=True)
         scaled = [g[:, None] * slope for g, slope in terms if g is not None]
-        d_hidden = sum(scaled[1:], scaled[0]).to(ctx.saved_tensors[0].dtype)
+        d_hidden = sum(scaled[1:], scaled[0]).to(slopes[0].dtype)
         return (d_hidden, None, None, None, None, *rest)
     *saved, rows, logp, entropy, lse = ctx.saved_tensors
     g_logp = torch.zeros_like(logp) if g_logp is None else g_logp

@@ -35,7 +35,9 @@ def statistics(head: HeadTensors, rows: Tensor, options: HeadOptions) -> RowStat
         assert merged is not None
         whole.append(merged)
     partials = torch.cat(whole)
-    return RowStatistics(*finish(merge_ranks(partials, options.group) if options.group else partials))
+    if options.group:
+        partials = merge_ranks(partials, head.weight.shape[0], options.group)
+    return RowStatistics(*finish(partials))
 
 
 def _tile_partials(head: HeadTensors, ops: RowOps, rows: Tensor, logits: Tensor, first: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastreason_kernels.dispatch import IMPLS
+from fastreason_kernels.gemm import gradient_dtypes, scale_gradients
 from fastreason_kernels.head import (
     STRATEGIES,
     HeadOptions,
@@ -223,7 +224,7 @@ def _forward(
     mask = None if mask is None else mask.to(hidden.device, non_blocking=True)
     report = TokenReport.empty(hidden.shape[0], head.stat_dtype, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss = token_loss(chosen, columns, mask, head.stat_dtype)
+        loss = token_loss(chosen, columns, mask, head.stat_dtype, with_slope=any(needs))
         total, grads = run(head, loss, active_rows, report, settings, needs)
         if loss.constant is not None:
             total = total + loss.constant
@@ -258,10 +259,10 @@ def _(
     dtype, num_tokens = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
     logp, entropy, kl, ratio = (hidden.new_empty(num_tokens, dtype=dtype) for _ in range(4))
     clipped, computed = (hidden.new_empty(num_tokens, dtype=torch.bool) for _ in range(2))
-    tensors = (hidden, weight, bias, lora_hidden, lora_weight)
+    head = HeadTensors(hidden, weight, bias, lora_hidden, lora_weight, ids, temperature)
     a, b, c, d, e = (
-        torch.empty_like(tensor) if need and tensor is not None else hidden.new_empty(0)
-        for tensor, need in zip(tensors, needs, strict=True)
+        torch.empty_like(tensor, dtype=dtype) if need and tensor is not None else hidden.new_empty(0)
+        for tensor, need, dtype in zip(head.differentiable(), needs, gradient_dtypes(head), strict=True)
     )
     return hidden.new_empty((), dtype=dtype), logp, entropy, kl, ratio, clipped, computed, a, b, c, d, e
 
@@ -270,18 +271,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[7:])
-    ctx.needs = inputs[-1]
+    ctx.needs, ctx.dtype = inputs[-1], inputs[0].dtype
 
 
 def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     rest = (None,) * 13
     if g_loss is None:
         return (None,) * 5 + rest
-    grads: tuple[Tensor, ...] = ctx.saved_tensors
-    # On a CPU the usual factor of 1 is seen without a wait, and spares a pass over dW; a traced one has no value.
-    if type(g_loss) is not Tensor or g_loss.device.type != "cpu" or float(g_loss) != 1:
-        grads = tuple((grad * g_loss).to(grad.dtype) for grad in grads)
-    return (*(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)), *rest)
+    return (*scale_gradients(ctx.saved_tensors, ctx.needs, g_loss, ctx.dtype), *rest)
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreason_kernels.gemm import HeadGradients, Tiles
+from fastreason_kernels.gemm import HeadGradients, Tiles, gradient_dtypes
 from fastreason_kernels.head import HeadOptions, HeadTensors
 from fastreason_kernels.linear_logprob.strategies import select
 from fastreason_kernels.partials import finish
@@ -36,7 +37,9 @@ class TokenLoss:
     constant: Tensor | None = None
 
 
-def token_loss(spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | None, dtype: torch.dtype) -> TokenLoss:
+def token_loss(
+    spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | None, dtype: torch.dtype, *, with_slope: bool
+) -> TokenLoss:
     """The TokenLoss that equals `spec`; for a sequence's ratio only where spec.couples_tokens says that it couples none."""
     token_columns = {name: value for name, value in columns.items() if name != "sequence_ids"}
     if spec.ratio != "sequence":
@@ -47,11 +50,13 @@ def token_loss(spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | 
     # The ratio is 1 whatever the log-probabilities are, so that its gate and their derivative are known beforehand.
     policy_only = replace(spec, kl="none", kl_coef=0.0, entropy_coef=0.0)
 
-    with autograd_inside():
-        logp = torch.zeros_like(columns["advantages"], dtype=dtype).requires_grad_()
-        constant = evaluate(logp, None, policy_only, mask=mask, **columns).loss_sum
-        (slope,) = torch.autograd.grad(constant, logp)
-    token_columns["advantages"] = torch.zeros_like(slope)
+    logp = torch.zeros_like(columns["advantages"], dtype=dtype)
+    slope = None
+    with autograd_inside() if with_slope else contextlib.nullcontext():
+        constant = evaluate(logp.requires_grad_(with_slope), None, policy_only, mask=mask, **columns).loss_sum
+        if with_slope:
+            (slope,) = torch.autograd.grad(constant, logp)
+    token_columns["advantages"] = torch.zeros_like(logp)
     return TokenLoss(replace(plain, importance="none"), token_columns, slope, constant.detach())
 
 
@@ -85,7 +90,7 @@ def run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss sum and the gradients of the five tensors of the tokens `rows`; their statistics go into `report`."""
     tiles = Tiles(head, rows, options)
-    grads = HeadGradients(head, needs, tiles)
+    grads = HeadGradients(head, needs, tiles, gradient_dtypes(head))
     ops = row_ops(OP, head, tiles, options)
     total = torch.zeros((), dtype=head.stat_dtype, device=head.hidden.device)
     columns = slice(0, tiles.columns)
@@ -99,10 +104,10 @@ def run(
         for part, z in zip(chunk.split(ops.rows), logits.split(ops.rows), strict=True):
             ids, temperature = select(part, head.ids, head.temperature)
             stats = RowStatistics(*finish(ops.partials(z, ids, temperature)))
-            out, coefficients = _coefficients(loss, part, stats)
+            out, coefficients = _coefficients(loss, part, stats, any(needs))
             report.write(part, out)
             total += out.loss_sum.detach()
-            if not any(needs):
+            if coefficients is None:
                 continue
             keep = coefficients.nonzero.nonzero().squeeze(1) if compact else None
             count = part.shape[0] if keep is None else keep.shape[0]
@@ -123,14 +128,22 @@ def autograd_inside() -> Iterator[None]:
     for key in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
     included = torch._C._dispatch_tls_local_include_set()
+    # A checkpoint around the operator would otherwise run its whole region again to give these small graphs their tensors.
+    hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
     # torch.func would be the public way, but fails under a TorchDispatchMode (a FLOP counter, selective checkpointing).
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad(), hooks:
         yield
 
 
-def _coefficients(loss: TokenLoss, rows: Tensor, stats: RowStatistics) -> tuple[PolicyLossOutput, RowCoefficients]:
+def _coefficients(
+    loss: TokenLoss, rows: Tensor, stats: RowStatistics, with_gradient: bool
+) -> tuple[PolicyLossOutput, RowCoefficients | None]:
     """The loss of a block of rows, and its derivatives with respect to their logp and entropy."""
     columns = {name: value.index_select(0, rows) for name, value in loss.columns.items()}
+    if not with_gradient:
+        return evaluate(stats.logp, stats.entropy, loss.spec, **columns), None
     with autograd_inside():
         logp, entropy = stats.logp.detach().requires_grad_(), stats.entropy.detach().requires_grad_()
         out = evaluate(logp, entropy, loss.spec, **columns)

@@ -104,6 +104,7 @@ def dlogits_kernel(
     temperature,  # [R] or None
     lse,  # [R]
     entropy,  # [R] or None
+    logp,  # [R] or None
     g_logp,  # [R]
     g_entropy,  # [R] or None
     row_stride,
@@ -132,16 +133,19 @@ def dlogits_kernel(
         target = tl.load(ids + row)
         inside = (target >= 0) & (target < num_columns)
         # Read before any block is overwritten. Comparing in 32 bits is cheaper.
-        target_w = level(tl.load(logits + target, mask=inside, other=float("-inf")), squeeze, SOFTCAP)
+        if logp is not None:
+            log_p_target = tl.load(logp + row)
+        else:
+            target_raw = tl.load(logits + target, mask=inside, other=float("-inf"))
+            log_p_target = level(target_raw, squeeze, SOFTCAP) * to_z - row_lse
         target = tl.where(inside, target, -1).to(tl.int32)
-        logp = target_w * to_z - row_lse
         # dz_j = p_j (constant + slope log p_j), but at the target 1 - p without cancellation where p is nearly 1.
         constant = -g * from_z
-        at_target = -g * from_z * expm1(logp)
+        at_target = -g * from_z * expm1(log_p_target)
         if g_entropy is not None:
             row_entropy = tl.load(entropy + row)
             constant -= ge * from_z * row_entropy
-            at_target -= ge * from_z * exp(logp) * (logp + row_entropy)
+            at_target -= ge * from_z * exp(log_p_target) * (log_p_target + row_entropy)
         for start in range(0, num_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             raw = tl.load(logits + columns, mask=columns < num_columns, other=float("-inf"))

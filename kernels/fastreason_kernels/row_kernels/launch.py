@@ -83,6 +83,8 @@ def dlogits(
     entropy: Tensor | None,
     g_logp: Tensor,
     g_entropy: Tensor | None,
+    *,
+    logp: Tensor | None = None,
 ) -> None:
     """Writes d/d raw of g_logp * logp + g_entropy * entropy of each row, for the columns of a tile.
 
@@ -90,23 +92,24 @@ def dlogits(
         out_j = dz_j * scale / temperature * (1 - tanh(scale * raw_j / softcap)^2, with a softcap)
 
     logits, ids, temperature, transform: as in `partials`. lse, entropy, g_logp, g_entropy [R] fp32 of the whole rows;
-    without g_entropy the entropy may be None. out [R, C] fp32 or bf16: memory of its own, the logits themselves, or bf16
-    in the first half of each fp32 row (`gradient_view`); any other overlap is a ValueError. A row with both coefficients 0
-    becomes exact zeros and its logits are not read.
+    without g_entropy the entropy may be None. logp [R] fp32 as `finish` returned it keeps 1 - p exact at a target of p
+    near 1, which z_id - lse loses to the rounding of lse; None takes that difference. out [R, C] fp32 or bf16: memory of
+    its own, the logits themselves, or bf16 in the first half of each fp32 row (`gradient_view`); any other overlap is a
+    ValueError. A row with both coefficients 0 becomes exact zeros and its logits are not read.
     """
     _check_tile("logits", logits, logits)
     _check_out("logits", logits, out)
     _check_rows(logits, torch.int64, ids=ids)
     coefficients = {"g_logp": g_logp, "g_entropy": g_entropy}
-    _check_rows(logits, torch.float32, temperature=temperature, lse=lse, entropy=entropy, **coefficients)
+    _check_rows(logits, torch.float32, temperature=temperature, lse=lse, entropy=entropy, logp=logp, **coefficients)
     if g_entropy is not None and entropy is None:
         raise ValueError("entropy: got None, allowed: [R] fp32 where g_entropy is given; pass what `finish` returned")
     args = {
         **{"logits": logits, "out": out, "ids": ids, "temperature": temperature, "lse": lse},
-        **{"entropy": None if g_entropy is None else entropy, **coefficients},
+        **{"entropy": None if g_entropy is None else entropy, "logp": logp, **coefficients},
         **{"row_stride": logits.stride(0), "out_stride": out.stride(0), "num_columns": logits.shape[1]},
         **_transform_args("", transform),
-        **{"scale": transform.scale, "BLOCK": _block(4 if transform.softcap else 1)},
+        **{"scale": transform.scale, "BLOCK": _block(4 if transform.softcap else _ragged(logits))},
     }
     _launch(Call("dlogits_kernel", logits.shape[0], args))
 
@@ -204,7 +207,7 @@ def _divergence_args(
         **{"student": student, "teacher": teacher, "student_lse": student_lse, "teacher_lse": teacher_lse},
         **{"student_stride": student.stride(0), "teacher_stride": teacher.stride(0), "num_columns": student.shape[1]},
         # Two tiles a program: half the columns keep as many bytes in flight.
-        **{"KIND": kind, "beta": beta, "BLOCK": _block(4 if softcap or kind == "jsd" else 2)},
+        **{"KIND": kind, "beta": beta, "BLOCK": _block(4 if softcap or kind == "jsd" else 2 * _ragged(student))},
     }
 
 
@@ -216,6 +219,11 @@ def _side_args(student: Tensor, side: str, temperature: Tensor | None, transform
 def _block(shrink: int) -> int:
     """Logits of a tile that a program holds at a time."""
     return THREADS * LOGITS_PER_THREAD // shrink
+
+
+def _ragged(tile: Tensor) -> int:
+    """2 where each logit needs a mask of its own, which takes registers as well; else 1."""
+    return 1 if tile.shape[1] % VECTOR_BYTES == 0 else 2
 
 
 def _transform_args(side: str, transform: Transform) -> dict[str, Any]:
