@@ -117,7 +117,15 @@ class TritonRows:
     ) -> None:
         assert keep is None
         launch.dlogits(
-            logits, out, ids, temperature, self._transform, statistics.lse, statistics.entropy, *coefficients
+            logits,
+            out,
+            ids,
+            temperature,
+            self._transform,
+            statistics.lse,
+            statistics.entropy,
+            *coefficients,
+            logp=statistics.logp,
         )
 
 
