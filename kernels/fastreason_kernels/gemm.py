@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastreason_kernels.head import HeadOptions, HeadTensors
+from fastreason_kernels.workspace import Workspace, empty
 
 # Tiles of whole rows. On a CPU what stays cheap to allocate; on a device 4096 fp32 rows of 152,064 columns, because every
 # chunk after the first reads and writes the fp32 dW.
@@ -26,6 +27,9 @@ FEWEST_COLUMNS = 2048
 # Columns of one CPU product that is widened or transposed on the way: bounds the copy beside its result.
 CPU_BLOCK = 1024
 
+# Rows up to which a CPU's bf16 product a.T @ b is the faster one for dW.
+FEW_ROWS = 1536
+
 ROW_SIDE, COLUMN_SIDE = (0, 3), (1, 4)  # hidden, lora_hidden; weight, lora_weight
 
 
@@ -37,7 +41,14 @@ class Tiles:
     """
 
     def __init__(
-        self, head: HeadTensors, rows: Tensor, options: HeadOptions, *, by_columns: bool = False, copies: int = 1
+        self,
+        head: HeadTensors,
+        rows: Tensor,
+        options: HeadOptions,
+        *,
+        by_columns: bool = False,
+        copies: int = 1,
+        workspace: Workspace | None = None,
     ) -> None:
         self._head, self._rows = head, rows
         device, vocab, count = head.hidden.device, head.weight.shape[0], rows.shape[0]
@@ -52,7 +63,8 @@ class Tiles:
             self.columns = vocab
         self.num_row_chunks = math.ceil(count / self.rows)
         shape = (min(self.rows, count), self.columns)
-        self._buffers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(copies)]
+        workspace = Workspace() if workspace is None else workspace
+        self._buffers = [workspace.empty(f"tile {i}", shape, dtype, device) for i in range(copies)]
 
     def row_chunks(self) -> Iterator[Tensor]:
         """Yields the tokens [K] int64 of each chunk of rows."""
@@ -103,8 +115,8 @@ class HeadGradients:
             if needs[index] and tensor is not None:
                 wide = index == 2 or (index in COLUMN_SIDE and tiles.num_row_chunks > 1)
                 dtype = head.stat_dtype if wide else self._dtypes[index]
-                make = torch.empty if index in COLUMN_SIDE else torch.zeros
-                self._grads[index] = make(tensor.shape, dtype=dtype, device=tensor.device)
+                made = empty(tensor.shape, dtype, tensor.device)
+                self._grads[index] = made if index in COLUMN_SIDE else made.zero_()
         self._row_sums: dict[int, Tensor] = {}
         self._first: Tensor | None = None
 
@@ -232,13 +244,22 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 def add_outer(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """out [C, D] (+)= a.T @ b for a [K, C], b [K, D]; `fresh` overwrites instead of adding."""
     if a.device.type == "cpu" and a.dtype == torch.bfloat16:
-        # oneDNN's bf16 product wants the small operand transposed, not the large one: 0.7 of the time.
-        b_transposed = b.T.contiguous()
-        for start in range(0, a.shape[1], CPU_BLOCK):
-            part = (b_transposed @ a[:, start : start + CPU_BLOCK]).T
-            block = out[start : start + CPU_BLOCK]
-            block.copy_(part) if fresh else block.add_(part)
+        _add_outer_bf16(out, a, b, fresh)
     elif fresh:
-        torch.mm(a.T, b, out=out)
+        product(a.T, b, out)
     else:
         accumulate(out, a.T, b)
+
+
+def _add_outer_bf16(out: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """add_outer on a CPU, a block of out at a time, which bounds the product's own memory."""
+    few = a.shape[0] <= FEW_ROWS
+    b_transposed = b if few else b.T.contiguous()
+    for start in range(0, a.shape[1], CPU_BLOCK):
+        columns, block = a[:, start : start + CPU_BLOCK], out[start : start + CPU_BLOCK]
+        if few and fresh and out.dtype == a.dtype:
+            torch.mm(columns.T, b, out=block)
+            continue
+        # oneDNN's product of many rows wants the small operand transposed, not the large one: 0.7 of the time.
+        part = columns.T @ b if few else (b_transposed @ columns).T
+        block.copy_(part) if fresh else block.add_(part)

@@ -16,10 +16,12 @@ from fastreason_kernels.gemm import Tiles
 from fastreason_kernels.head import HeadOptions, HeadTensors
 from fastreason_kernels.row_kernels import launch
 from fastreason_kernels.transform import Transform
+from fastreason_kernels.workspace import Workspace
 
-# Bytes of each of the two work buffers. On a CPU about a hundred rows: fewer bytes stay closer to the cores, but then
-# each pass is so short that two threads on a busy machine wait for each other (measured: ten times slower at 2 MB).
-CPU_BUFFER_BYTES = 24 << 20
+# Bytes of each of the two work buffers. On a CPU a few dozen rows: less stays closer to the cores (4 to 8 MiB are the
+# fastest on an idle machine), but then each pass is so short that two threads on a busy machine wait for each other
+# (measured: ten times slower at 2 MiB).
+CPU_BUFFER_BYTES = 8 << 20
 DEVICE_BUFFER_BYTES = 256 << 20
 
 # Stands for log 0 where a bias of -inf removes a column, so that p * log p is 0 there instead of NaN.
@@ -80,13 +82,17 @@ class RowOps(Protocol):
         ...
 
 
-def row_ops(op: str, head: HeadTensors, tiles: Tiles, options: HeadOptions) -> RowOps:
+def row_ops(
+    op: str, head: HeadTensors, tiles: Tiles, options: HeadOptions, workspace: Workspace | None = None
+) -> RowOps:
     """The row arithmetic for the tiles of a head: Triton's where `op` resolves to it, else ATen's."""
     if resolve(op, options.impl, head.hidden.device.type, head.hidden.dtype) == "triton":
         return TritonRows(tiles.rows, options.transform)
     # Only a bias of -inf removes columns.
     removed = head.bias is not None
-    return AtenRows(tiles.rows, tiles.columns, head.stat_dtype, head.hidden.device, options.transform, removed)
+    workspace = Workspace() if workspace is None else workspace
+    shape = (tiles.rows, tiles.columns)
+    return AtenRows(shape, head.stat_dtype, head.hidden.device, options.transform, removed, workspace)
 
 
 class TritonRows:
@@ -135,12 +141,19 @@ class AtenRows:
     compacts = True
 
     def __init__(
-        self, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, transform: Transform, removed: bool
+        self,
+        tile: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        transform: Transform,
+        removed: bool,
+        workspace: Workspace,
     ) -> None:
         budget = CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES
+        num_rows, width = tile
         self.rows = max(1, min(num_rows, budget // (width * dtype.itemsize)))
-        self._probs = torch.empty(self.rows, width, dtype=dtype, device=device)
-        self._plogp = torch.empty(self.rows, width, dtype=dtype, device=device)
+        self._probs = workspace.empty("p", (self.rows, width), dtype, device)
+        self._plogp = workspace.empty("p log p", (self.rows, width), dtype, device)
         self._transform, self._removed = transform, removed
 
     def partials(self, logits: Tensor, ids: Tensor, temperature: Tensor | None) -> Tensor:

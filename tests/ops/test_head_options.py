@@ -38,6 +38,7 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr("fastreason_kernels.rows.CPU_BUFFER_BYTES", 5 * VOCAB * 4)
     monkeypatch.setattr("fastreason_kernels.gemm.CPU_BLOCK", 100)
+    monkeypatch.setattr("fastreason_kernels.gemm.FEW_ROWS", 8)
 
 
 class Case:

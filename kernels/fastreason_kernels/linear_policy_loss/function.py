@@ -33,6 +33,7 @@ from fastreason_kernels.policy_math import (
     per_token,
     policy_loss,
 )
+from fastreason_kernels.workspace import Workspace
 
 STATISTICS = ("all", "active")
 COLUMNS = ("advantages", "behaviour_logp", "ref_logp", "sampler_logp", "token_weight", "sequence_ids")
@@ -222,14 +223,15 @@ def _forward(
     active_rows, idle_rows = (x.nonzero().squeeze(1).to(hidden.device, non_blocking=True) for x in (active, idle))
     columns = {name: value.to(hidden.device, non_blocking=True) for name, value in columns.items()}
     mask = None if mask is None else mask.to(hidden.device, non_blocking=True)
+    workspace = Workspace()
     report = TokenReport.empty(hidden.shape[0], head.stat_dtype, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         loss = token_loss(chosen, columns, mask, head.stat_dtype, with_slope=any(needs))
-        total, grads = run(head, loss, active_rows, report, settings, needs)
+        total, grads = run(head, loss, active_rows, report, settings, needs, workspace)
         if loss.constant is not None:
             total = total + loss.constant
         if statistics == "all":
-            rest, _ = run(head, loss, idle_rows, report, settings, [False] * 5)
+            rest, _ = run(head, loss, idle_rows, report, settings, [False] * 5, workspace)
             total = total + rest
     a, b, c, d, e = grads
     return total, report.logp, report.entropy, report.kl, report.ratio, report.clipped, report.computed, a, b, c, d, e

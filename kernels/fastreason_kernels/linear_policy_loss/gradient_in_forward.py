@@ -20,6 +20,7 @@ from fastreason_kernels.linear_logprob.strategies import select
 from fastreason_kernels.partials import finish
 from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, evaluate
 from fastreason_kernels.rows import RowCoefficients, RowStatistics, row_ops
+from fastreason_kernels.workspace import Workspace
 
 OP = "linear_policy_loss"
 
@@ -86,12 +87,18 @@ class TokenReport:
 
 
 def run(
-    head: HeadTensors, loss: TokenLoss, rows: Tensor, report: TokenReport, options: HeadOptions, needs: list[bool]
+    head: HeadTensors,
+    loss: TokenLoss,
+    rows: Tensor,
+    report: TokenReport,
+    options: HeadOptions,
+    needs: list[bool],
+    workspace: Workspace,
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss sum and the gradients of the five tensors of the tokens `rows`; their statistics go into `report`."""
-    tiles = Tiles(head, rows, options)
+    tiles = Tiles(head, rows, options, workspace=workspace)
     grads = HeadGradients(head, needs, tiles, gradient_dtypes(head))
-    ops = row_ops(OP, head, tiles, options)
+    ops = row_ops(OP, head, tiles, options, workspace)
     total = torch.zeros((), dtype=head.stat_dtype, device=head.hidden.device)
     columns = slice(0, tiles.columns)
     # Rows without a gradient (clipped ones) leave the products where that is known without waiting for a device.
