@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: help setup quickstart test lint types doctor clean
+.PHONY: help setup bench-setup quickstart test lint types doctor clean
 
 help:
 	@echo "make quickstart   train a small model on this machine's CPU, under ten minutes (ARGS='run.seed=1 ...')"
@@ -11,11 +11,17 @@ help:
 	@echo "make lint types   ruff, mypy"
 	@echo "make doctor       check this machine"
 	@echo "make setup        only make the environment in $(VENV)"
+	@echo "make bench-setup  also install the packages that bench/ops.py and the drop-in tests compare with"
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: cpu.lock pyproject.toml kernels/pyproject.toml .ci/setup
 	@PYTHON=$(PYTHON) .ci/setup $(VENV)
+
+bench-setup: setup $(VENV)/.bench-ready
+
+$(VENV)/.bench-ready: bench.lock .ci/bench-setup | $(VENV)/.ready
+	@.ci/bench-setup $(VENV)
 
 quickstart: setup
 	@$(VENV)/bin/fastreason train configs/quickstart.yaml $(ARGS)
