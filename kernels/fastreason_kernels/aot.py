@@ -82,6 +82,9 @@ def variants(every: bool = False) -> Iterator[Variant]:
             for logits, out in IN_OUT:
                 words = f"{NAMES[logits]} to {NAMES[out]} {options}{_words(entropy=entropy)}"
                 yield Variant(words, _dlogits(logits, out, columns, softcap, temperature, entropy))
+                if every or not softcap:
+                    without = _dlogits(logits, out, columns, softcap, temperature, entropy, logp=False)
+                    yield Variant(f"{words} without logp", without)
             if entropy and every:
                 continue  # only dlogits knows an entropy
             for logits in NAMES:
@@ -118,7 +121,13 @@ def _partials(dtype: torch.dtype, columns: int, softcap: bool, temperature: bool
 
 
 def _dlogits(
-    dtype: torch.dtype, out: torch.dtype, columns: int, softcap: bool, temperature: bool, entropy: bool
+    dtype: torch.dtype,
+    out: torch.dtype,
+    columns: int,
+    softcap: bool,
+    temperature: bool,
+    entropy: bool,
+    logp: bool = True,
 ) -> Call:
     with launch.record() as calls:
         launch.dlogits(
@@ -131,7 +140,7 @@ def _dlogits(
             entropy=_row(),
             g_logp=_row(),
             g_entropy=_row() if entropy else None,
-            logp=_row() if entropy else None,
+            logp=_row() if logp else None,
         )
     return calls[0]
 

@@ -21,6 +21,10 @@ IMPLS = ("auto", "triton", "torch", "reference")
 TRITON_OPS = frozenset({"linear_logprob", "linear_policy_loss", "linear_divergence"})
 
 
+# The operators choose rows, so a CUDA graph cannot hold them; older versions of torch have no such tag.
+OPERATOR_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
 @functools.cache
 def resolve(op: str, impl: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """Returns triton | torch | reference for `op` on `device_type`; "auto" is triton where it runs, else torch.

@@ -52,6 +52,7 @@ class Tiles:
     ) -> None:
         self._head, self._rows = head, rows
         device, vocab, count = head.hidden.device, head.weight.shape[0], rows.shape[0]
+        self._operands = {index: _Gathered(tensor) for index, tensor in enumerate(head) if index in ROW_SIDE}
         dtype = logits_dtype(head, options)
         if by_columns and (device.type != "cpu" or options.chunk_vocab):
             self.rows = even_split(count, options.chunk_tokens or TILE_BYTES // (FEWEST_COLUMNS * dtype.itemsize))
@@ -59,10 +60,12 @@ class Tiles:
             self.columns = min(vocab, options.chunk_vocab or max(FEWEST_COLUMNS, fitting))
         else:
             budget = (CPU_ROW_BYTES if device.type == "cpu" else DEVICE_ROW_BYTES) // copies
-            self.rows = even_split(count, options.chunk_tokens or max(1, budget // (vocab * dtype.itemsize)))
+            self.rows = even_split(
+                count, options.chunk_tokens or max(1, budget // (row_width(vocab, device) * dtype.itemsize))
+            )
             self.columns = vocab
         self.num_row_chunks = math.ceil(count / self.rows)
-        shape = (min(self.rows, count), self.columns)
+        shape = (min(self.rows, count), row_width(self.columns, device))
         workspace = Workspace() if workspace is None else workspace
         self._buffers = [workspace.empty(f"tile {i}", shape, dtype, device) for i in range(copies)]
 
@@ -77,7 +80,7 @@ class Tiles:
 
     def logits(self, rows: Tensor, columns: slice) -> Tensor:
         """[K, C] head outputs of the tokens `rows`, before any transform, in the first buffer; free to be overwritten."""
-        head, hidden = self._head, self._head.hidden.index_select(0, rows)
+        head, hidden = self._head, self.operand(0, rows)
         weight = head.weight[columns]
         out = self._buffers[0][: rows.shape[0], : weight.shape[0]]
         if head.bias is not None and out.dtype == hidden.dtype:
@@ -87,8 +90,12 @@ class Tiles:
             if head.bias is not None:
                 out += head.bias[columns]
         if head.lora_hidden is not None and head.lora_weight is not None:
-            accumulate(out, head.lora_hidden.index_select(0, rows), head.lora_weight[columns].T)
+            accumulate(out, self.operand(3, rows), head.lora_weight[columns].T)
         return out
+
+    def operand(self, index: int, rows: Tensor) -> Tensor:
+        """Rows of hidden (0) or lora_hidden (3), gathered once for all columns of a chunk."""
+        return self._operands[index].at(rows)
 
     def gradient_view(self, logits: Tensor, buffer: int = 0) -> Tensor:
         """[K, C] in the operands' dtype, in the memory of a buffer: by default that of the logits themselves.
@@ -97,6 +104,22 @@ class Tiles:
         """
         out = self._buffers[buffer][: logits.shape[0]]
         return out.view(self._head.hidden.dtype)[:, : logits.shape[1]]
+
+
+class _Gathered:
+    """The rows of a tensor that were asked for last."""
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self._tensor = tensor
+        self._rows: Tensor | None = None
+        self._found: Tensor | None = None
+
+    def at(self, rows: Tensor) -> Tensor:
+        if self._rows is not rows:
+            assert self._tensor is not None
+            self._rows, self._found = rows, self._tensor.index_select(0, rows)
+        assert self._found is not None
+        return self._found
 
 
 class HeadGradients:
@@ -108,7 +131,7 @@ class HeadGradients:
     def __init__(
         self, head: HeadTensors, needs: list[bool], tiles: Tiles, dtypes: list[torch.dtype] | None = None
     ) -> None:
-        self._head, self._vocab = head, head.weight.shape[0]
+        self._head, self._tiles, self._vocab = head, tiles, head.weight.shape[0]
         self._dtypes = [head.hidden.dtype] * 5 if dtypes is None else dtypes
         self._grads: dict[int, Tensor] = {}
         for index, tensor in enumerate(head.differentiable()):
@@ -133,7 +156,7 @@ class HeadGradients:
             if row_side in self._grads:
                 self._add_rows(row_side, dlogits, rows, columns, self._tensor(column_side)[columns])
             if column_side in self._grads:
-                operand = self._tensor(row_side).index_select(0, rows)
+                operand = self._tiles.operand(row_side, rows)
                 add_outer(self._grads[column_side][columns], dlogits, operand, fresh=rows is self._first)
         if 2 in self._grads:
             self._grads[2][columns] += dlogits.sum(0, dtype=self._grads[2].dtype)
@@ -200,17 +223,27 @@ def scale_gradients(
     return tuple(grad if need else None for grad, need in zip(scaled, needs, strict=True))
 
 
+def row_width(columns: int, device: torch.device) -> int:
+    """Elements from one row of a tile to the next: on a device a multiple of 64, which fast products ask for."""
+    return columns if device.type == "cpu" else -(-columns // 64) * 64
+
+
 def even_split(count: int, limit: int) -> int:
     """The size of each part when `count` things are split evenly into as few parts as `limit` allows; at least 1."""
     num_parts = max(1, math.ceil(count / limit))
     return max(1, math.ceil(count / num_parts))
 
 
+def _accumulates_wide(a: Tensor) -> bool:
+    """Whether products of bf16 operands can be written, and added, to fp32: cuBLAS can; a CPU, ROCm and MPS cannot."""
+    return a.device.type == "cuda" and torch.version.hip is None
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out [M, L] = a [M, K] @ b [K, L]; out may be fp32 where a and b are bf16, and is then never rounded to bf16."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.device.type == "cpu":
+    elif not _accumulates_wide(a):
         wide = a.to(out.dtype)
         for start in range(0, b.shape[1], CPU_BLOCK):
             out[:, start : start + CPU_BLOCK] = wide @ b[:, start : start + CPU_BLOCK].to(out.dtype)
@@ -233,7 +266,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [M, L] += a [M, K] @ b [K, L]; out may be fp32 where a and b are bf16."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
-    elif a.device.type == "cpu":
+    elif not _accumulates_wide(a):
         for start in range(0, b.shape[1], CPU_BLOCK):
             # A bf16 product rounds once; the sum is not rounded again.
             out[:, start : start + CPU_BLOCK] += a @ b[:, start : start + CPU_BLOCK]

@@ -118,7 +118,14 @@ def head_arguments(
     scale = _temperature(temperature, hidden.shape[0], stat_dtype, hidden.device)
     head = HeadTensors(hidden, weight, bias, lora_hidden, lora_weight, ids, scale)
     name = "" if group is None else group.group_name
-    return head, HeadOptions(Transform(float(logit_scale), softcap), chunk_tokens, chunk_vocab, logits, impl, name)
+    return head, HeadOptions(
+        Transform(float(logit_scale), None if softcap is None else float(softcap)),
+        chunk_tokens,
+        chunk_vocab,
+        logits,
+        impl,
+        name,
+    )
 
 
 def needs_gradient(head: HeadTensors) -> list[bool]:

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 
-def merge(left: Tensor, right: Tensor) -> Tensor:
-    """Partials [R, 4] of the union of two disjoint parts, from partials [R, 4] of each, in their dtype."""
+def merge(parts: Tensor) -> Tensor:
+    """Partials [R, 4] of the union of disjoint parts, from partials [P, R, 4] of each, in their dtype."""
     # A finite stand-in for -inf: the difference of two absent maxima is then 0 instead of NaN.
-    floor = torch.finfo(left.dtype).min / 4
-    top = torch.maximum(left[:, 0], right[:, 0])
-    total, weighted = torch.zeros_like(top), torch.zeros_like(top)
-    for part in (left, right):
-        below = part[:, 0].clamp(min=floor) - top.clamp(min=floor)
-        shrink = below.exp()
-        total = total + part[:, 1] * shrink
-        weighted = weighted + (part[:, 3] + part[:, 1] * below) * shrink
-    return torch.stack([top, total, torch.maximum(left[:, 2], right[:, 2]), weighted], dim=1)
+    floor = torch.finfo(parts.dtype).min / 4
+    maxima, sums, targets, weighted = parts.unbind(2)
+    top = maxima.amax(0)
+    below = maxima.clamp(min=floor) - top.clamp(min=floor)
+    shrink = below.exp()
+    total = (sums * shrink).sum(0)
+    return torch.stack([top, total, targets.amax(0), ((weighted + sums * below) * shrink).sum(0)], dim=1)
 
 
 def finish(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:

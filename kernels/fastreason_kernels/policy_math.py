@@ -18,6 +18,9 @@ from torch import Tensor
 # exp(20) = 4.9e8: large enough to be clipped by any gate, small enough to stay finite in a fp32 sum of squares.
 LOG_RATIO_BOUND = 20.0
 
+# The columns that tell which tokens have a gradient: read together, so they lie on one device.
+ROW_COLUMNS = ("advantages", "token_weight", "mask", "sequence_ids")
+
 
 @dataclass(frozen=True)
 class PolicyLossSpec:
@@ -190,6 +193,9 @@ def check_columns(spec: PolicyLossSpec, num_tokens: int, columns: dict[str, Any]
         "sampler_logp": spec.importance != "none",
         "sequence_ids": spec.ratio == "sequence",
     }
+    chosen_by = {name: x.device for name, x in columns.items() if name in ROW_COLUMNS and x is not None}
+    if len(set(chosen_by.values())) > 1:
+        raise ValueError(f"{', '.join(chosen_by)}: devices {list(chosen_by.values())}, allowed: one for all of them")
     for name, value in columns.items():
         if value is None:
             if needed.get(name, False):

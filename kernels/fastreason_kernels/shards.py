@@ -43,10 +43,7 @@ def merge_ranks(partials: Tensor, num_rows: int, group: str) -> Tensor:
             f"weight: shards of {sizes.long().tolist()} rows over the group, allowed: as many on each rank; pad the "
             "vocabulary, and remove the padding with a bias of -inf"
         )
-    whole = gathered[0]
-    for part in gathered[1:]:
-        whole = merge(whole, part)
-    return whole[:-1].masked_fill(uneven, torch.nan)
+    return merge(torch.stack(gathered))[:-1].masked_fill(uneven, torch.nan)
 
 
 def sum_ranks(grad: Tensor, group: str) -> Tensor:

@@ -236,6 +236,45 @@ def test_ignore_index_skips_tokens_exactly():
         assert (case.hidden.grad[~keep] == 0).all() and (case.hidden.grad[keep] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("strategy", ["B", "F"])
+def test_ignored_tokens_stop_even_a_gradient_of_nan(strategy):
+    case = head_case(8, 50)
+    case.weight.requires_grad_(strategy == "B")
+    ids = case.ids.clone()
+    ids[2] = -100
+    logp, entropy, _ = linear_logprob(case.hidden, case.weight, ids, ignore_index=-100, strategy=strategy)
+    factor = torch.ones(8)
+    factor[2] = math.nan
+    (factor * logp + factor * entropy).sum().backward()
+    assert case.hidden.grad.isfinite().all() and (case.hidden.grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("spec", [PolicyLossSpec(kl="k3", kl_coef=0.1), PolicyLossSpec(ratio="sequence")])
+def test_columns_may_be_float64(spec):
+    """Rewards and stored log-probabilities often are; the loss stays in the dtype of the statistics."""
+    columns = {"behaviour_logp": torch.full((NUM_TOKENS,), -6.0), "ref_logp": torch.full((NUM_TOKENS,), -6.0)}
+    columns |= {"sequence_ids": torch.arange(NUM_TOKENS) // 7}
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        case, wide = head_case(NUM_TOKENS, 50), {}
+        wide = {name: x if name == "sequence_ids" else x.to(dtype) for name, x in columns.items()}
+        out = linear_policy_loss(case.hidden, case.weight, case.ids, torch.ones(NUM_TOKENS, dtype=dtype), spec, **wide)
+        out.loss_sum.backward()
+        assert out.loss_sum.dtype == out.logp.dtype == torch.float32
+        results.append((out.loss_sum.detach(), case.weight.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("logits", ["bf16", "fp32"])
+@pytest.mark.parametrize("strategy", ["A", "B"])
+def test_rows_may_lie_apart(strategy, logits, monkeypatch):
+    """As on a GPU, where rows of a tile begin at multiples of 64 elements."""
+    compare(policy(SPEC), torch.bfloat16, {"logits": logits}, strategy=strategy, chunk_tokens=16)
+    monkeypatch.setattr("fastreason_kernels.gemm.row_width", lambda columns, device: columns + 19)
+    compare(policy(SPEC), torch.bfloat16, {"logits": logits}, strategy=strategy, chunk_tokens=16)
+    compare(logprob(), torch.bfloat16, {"logits": logits}, strategy="B", chunk_vocab=64)
+
+
 def test_advantages_of_sequences():
     case = head_case(20, 50)
     sequence_ids = torch.arange(20) // 6

@@ -271,6 +271,7 @@ def test_spec_names_what_is_wrong(fields, message):
         (PolicyLossSpec(), {"mask": torch.ones(3)}, "mask: dtype torch.float32, allowed: a bool"),
         (PolicyLossSpec(), {"token_weight": torch.ones(3, dtype=torch.int64)}, "token_weight: dtype"),
         (PolicyLossSpec(), {"behaviour_logp": torch.ones(3, 1)}, "behaviour_logp: shape"),
+        (PolicyLossSpec(), {"mask": torch.ones(3, dtype=torch.bool, device="meta")}, "advantages, mask: devices"),
     ],
 )
 def test_columns_are_checked(spec, columns, message):

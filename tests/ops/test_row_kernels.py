@@ -162,23 +162,27 @@ def test_nan_comes_through():
     assert launch.partials(raw, ids_of(300), None)[:, 1].isnan().tolist() == [False, False, True, False, False]
 
 
+def joined(*parts):
+    return merge(torch.stack(parts))
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 def test_merge_of_tiles_is_the_whole(dtype):
     raw, ids, temperature = logits_of(5003), torch.tensor([0, 2999, 3000, 5002, 4000]), rows_of()[2]
     raw[3, :3000] = -INF
     cut = [launch.partials(raw[:, a:b], ids - a, temperature).to(dtype) for a, b in ((0, 3000), (3000, 5003))]
     empty = torch.tensor([[-INF, 0, -INF, 0]] * ROWS, dtype=dtype)
-    for merged in (merge(*cut), merge(*reversed(cut)), merge(merge(cut[0], empty), merge(empty, cut[1]))):
+    for merged in (joined(*cut), joined(*reversed(cut)), joined(cut[0], empty, cut[1])):
         assert merged.dtype == dtype
         check_parts("merged", merged, raw, ids, temperature=temperature)
-    assert torch.equal(merge(empty, empty), empty)
+    assert torch.equal(joined(empty, empty), empty)
     exact = parts(z_of(raw.double(), PLAIN, None), ids)
     halves = (
         parts(z_of(half.double(), PLAIN, None), ids - a) for a, half in ((0, raw[:, :3000]), (3000, raw[:, 3000:]))
     )
     left, right = halves
     left[3] = torch.tensor([-INF, 0, -INF, 0])
-    assert torch.allclose(merge(left, right), exact, rtol=1e-12)
+    assert torch.allclose(joined(left, right), exact, rtol=1e-12)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

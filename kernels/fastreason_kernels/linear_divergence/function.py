@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreason_kernels.dispatch import IMPLS
+from fastreason_kernels.dispatch import IMPLS, OPERATOR_TAGS
 from fastreason_kernels.gemm import gradient_dtypes, scale_gradients
 from fastreason_kernels.head import HeadOptions, HeadTensors, check_values, head_arguments, needs_gradient
 from fastreason_kernels.linear_divergence.gradient_in_forward import against_teacher, against_top_k
@@ -202,8 +202,8 @@ def _common_columns(student: HeadTensors, teacher: HeadTensors) -> tuple[HeadTen
 
 def _active(num_tokens: int, token_weight: Tensor | None, mask: Tensor | None, device: torch.device) -> Tensor:
     """[N] bool: the tokens that count."""
-    active = torch.ones(num_tokens, dtype=torch.bool, device=device) if mask is None else mask
-    return active if token_weight is None else active & (token_weight != 0)
+    active = torch.ones(num_tokens, dtype=torch.bool, device=device) if mask is None else mask.to(device)
+    return active if token_weight is None else active & (token_weight.to(device) != 0)
 
 
 def _weigh(
@@ -251,7 +251,7 @@ def _weights(head: HeadTensors, token_weight: Tensor | None) -> Tensor:
     return token_weight.to(head.stat_dtype)
 
 
-@torch.library.custom_op("fastreason::linear_divergence", mutates_args=())
+@torch.library.custom_op("fastreason::linear_divergence", mutates_args=(), tags=OPERATOR_TAGS)
 def _forward(
     hidden: Tensor,
     weight: Tensor,

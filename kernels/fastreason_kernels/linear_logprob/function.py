@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreason_kernels.dispatch import IMPLS
+from fastreason_kernels.dispatch import IMPLS, OPERATOR_TAGS
 from fastreason_kernels.head import (
     STRATEGIES,
     HeadOptions,
@@ -67,6 +67,7 @@ def linear_logprob(
     None keeps a tile within 256 MiB (2.5 GB for whole rows on a GPU). impl: auto | triton | torch | reference.
 
     Raises ValueError for wrong shapes, dtypes, ids or options, NotImplementedError for impl="triton" where it cannot run.
+    On a GPU the values of ids and temperature are not read: there an id outside of the vocabulary gives a logp of -inf.
     Left out: double backward; float16; shards of different sizes; lse's gradient.
     """
     _check_names(strategy, impl)
@@ -144,7 +145,7 @@ def _reference(
     return logp, entropy, lse
 
 
-@torch.library.custom_op("fastreason::linear_logprob", mutates_args=())
+@torch.library.custom_op("fastreason::linear_logprob", mutates_args=(), tags=OPERATOR_TAGS)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -212,7 +213,7 @@ def _(
     return logp, entropy, lse, slope, entropy_slope
 
 
-@torch.library.custom_op("fastreason::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("fastreason::linear_logprob_backward", mutates_args=(), tags=OPERATOR_TAGS)
 def _recompute(
     hidden: Tensor,
     weight: Tensor,
@@ -263,7 +264,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (hidden, weight, bias, lora_hidden, lora_weight)
     a, b, c, d, e = (
-        torch.empty_like(tensor) if need and tensor is not None else hidden.new_empty(0)
+        hidden.new_empty(tensor.shape) if need and tensor is not None else hidden.new_empty(0)
         for tensor, need in zip(tensors, needs, strict=True)
     )
     return a, b, c, d, e
@@ -275,7 +276,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[2:])
     ctx.options, ctx.needs, ctx.strategy = options, needs, strategy
     if strategy == "F":
-        ctx.save_for_backward(*output[3:])
+        ctx.save_for_backward(rows, *output[3:])
     else:
         ctx.save_for_backward(*head, rows, *output[:3])
 
@@ -284,18 +285,19 @@ def _backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, *_: Any
     rest = (None,) * 8
     if g_logp is None and g_entropy is None:
         return (None,) * 5 + rest
+    saved = ctx.saved_tensors  # read once: a checkpoint gives them once
+    rows = saved[0] if ctx.strategy == "F" else saved[-4]
+    if rows is not None:
+        g_logp, g_entropy = (None if g is None else g.masked_fill(~rows, 0.0) for g in (g_logp, g_entropy))
     if ctx.strategy == "F":
-        slopes = ctx.saved_tensors  # read once: a checkpoint gives them once
+        slopes = saved[1:]
         terms = zip((g_logp, g_entropy), slopes, strict=True)
         scaled = [g[:, None] * slope for g, slope in terms if g is not None]
         d_hidden = sum(scaled[1:], scaled[0]).to(slopes[0].dtype)
         return (d_hidden, None, None, None, None, *rest)
-    *saved, rows, logp, entropy, lse = ctx.saved_tensors
+    *head, _, logp, entropy, lse = saved
     g_logp = torch.zeros_like(logp) if g_logp is None else g_logp
-    if rows is not None:
-        g_logp = g_logp.masked_fill(~rows, 0.0)
-        g_entropy = None if g_entropy is None else g_entropy.masked_fill(~rows, 0.0)
-    grads = _recompute(*saved, logp, entropy, lse, g_logp, g_entropy, ctx.options, ctx.needs)
+    grads = _recompute(*head, logp, entropy, lse, g_logp, g_entropy, ctx.options, ctx.needs)
     return (*(grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)), *rest)
 
 

@@ -28,12 +28,10 @@ def statistics(head: HeadTensors, rows: Tensor, options: HeadOptions) -> RowStat
     offset = first_column(head, options.group)
     whole = [torch.empty(0, 4, dtype=head.stat_dtype, device=rows.device)]
     for chunk in tiles.row_chunks():
-        merged: Tensor | None = None
+        parts = []
         for columns in tiles.column_blocks():
-            part = _tile_partials(head, ops, chunk, tiles.logits(chunk, columns), offset + columns.start)
-            merged = part if merged is None else merge(merged, part)
-        assert merged is not None
-        whole.append(merged)
+            parts.append(_tile_partials(head, ops, chunk, tiles.logits(chunk, columns), offset + columns.start))
+        whole.append(parts[0] if len(parts) == 1 else merge(torch.stack(parts)))
     partials = torch.cat(whole)
     if options.group:
         partials = merge_ranks(partials, head.weight.shape[0], options.group)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastreason_kernels.dispatch import IMPLS
+from fastreason_kernels.dispatch import IMPLS, OPERATOR_TAGS
 from fastreason_kernels.gemm import gradient_dtypes, scale_gradients
 from fastreason_kernels.head import (
     STRATEGIES,
@@ -73,8 +73,8 @@ def linear_policy_loss(
     hidden, weight, ids and all that belongs to the head (bias, temperature, softcap, logit_scale, lora, logits, group,
     impl, chunk_*): as in linear_logprob. advantages, behaviour_logp, ref_logp, sampler_logp, token_weight: [N] float, not
     differentiated (advantages also [S], one a sequence). mask: [N] bool; False rows are skipped whatever they hold.
-    sequence_ids: [N] int64. These columns may stay on the CPU when hidden is on a GPU: then no row is chosen by waiting
-    for it. The result is a sum: fold the one division by the global count into token_weight.
+    sequence_ids: [N] int64. These columns may stay on the CPU, all of them, when hidden is on a GPU: then A chooses rows
+    without waiting for it. The result is a sum: fold the one division by the global count into token_weight.
 
     statistics: "all" computes logp, entropy, kl, ratio of every unmasked token (one head product for those without a
     gradient); "active" skips tokens known beforehand to have no gradient and reports NaN and computed = False for them.
@@ -116,7 +116,8 @@ def linear_policy_loss(
         sequence_ids,
     )
     columns: dict[str, Any] = {
-        name: None if value is None else value.detach() for name, value in zip(COLUMNS, given, strict=True)
+        name: None if value is None else _column(value, head.stat_dtype)
+        for name, value in zip(COLUMNS, given, strict=True)
     }
     check_columns(spec, hidden.shape[0], {**columns, "mask": mask})
     if impl == "reference":
@@ -128,6 +129,11 @@ def linear_policy_loss(
             *_forward(*head, *columns.values(), mask, options.encode(), spec.encoded, statistics, needs)[:7]
         )
     return _composed(head, options, spec, columns, mask, statistics, chosen)
+
+
+def _column(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A column without its graph; numbers in the dtype of the statistics."""
+    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
 
 
 def _choose(strategy: str, head: HeadTensors, options: HeadOptions, spec: PolicyLossSpec, has_behaviour: bool) -> str:
@@ -190,7 +196,7 @@ def _composed(
         return policy_loss(logp, entropy, spec=spec, mask=rows, **columns)
 
 
-@torch.library.custom_op("fastreason::linear_policy_loss", mutates_args=())
+@torch.library.custom_op("fastreason::linear_policy_loss", mutates_args=(), tags=OPERATOR_TAGS)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -263,7 +269,7 @@ def _(
     clipped, computed = (hidden.new_empty(num_tokens, dtype=torch.bool) for _ in range(2))
     head = HeadTensors(hidden, weight, bias, lora_hidden, lora_weight, ids, temperature)
     a, b, c, d, e = (
-        torch.empty_like(tensor, dtype=dtype) if need and tensor is not None else hidden.new_empty(0)
+        hidden.new_empty(tensor.shape, dtype=dtype) if need and tensor is not None else hidden.new_empty(0)
         for tensor, need, dtype in zip(head.differentiable(), needs, gradient_dtypes(head), strict=True)
     )
     return hidden.new_empty((), dtype=dtype), logp, entropy, kl, ratio, clipped, computed, a, b, c, d, e

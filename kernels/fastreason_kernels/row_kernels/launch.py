@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreason_kernels.transform import Transform
+from fastreason_kernels.transform import IDENTITY, Transform
 
 KINDS = ("reverse", "forward", "jsd")
-IDENTITY = Transform()
 
 # 32 logits a thread in flight, in loads of 16 bytes. Reasoned for an H200, not measured: 4.3 TB/s at 700 ns needs 3 MB
 # in flight, 23 KB an SM. A program of 128 threads has 16 KB of fp32 in flight (8 KB of bf16), and at 48 to 72 registers
