@@ -66,8 +66,14 @@ class Tiles:
             self.columns = vocab
         self.num_row_chunks = math.ceil(count / self.rows)
         shape = (min(self.rows, count), row_width(self.columns, device))
-        workspace = Workspace() if workspace is None else workspace
+        self._workspace = workspace = Workspace() if workspace is None else workspace
         self._buffers = [workspace.empty(f"tile {i}", shape, dtype, device) for i in range(copies)]
+
+    def release(self) -> None:
+        """Gives the tile's memory back before sums over several chunks are cast: the peak is one or the other."""
+        if self.num_row_chunks > 1:
+            self._buffers.clear()
+            self._workspace.clear()
 
     def row_chunks(self) -> Iterator[Tensor]:
         """Yields the tokens [K] int64 of each chunk of rows."""
@@ -178,7 +184,8 @@ class HeadGradients:
         return tensor
 
     def result(self) -> list[Tensor]:
-        """The five gradients in their dtypes; an empty tensor where none was asked for."""
+        """The five gradients in their dtypes; an empty tensor where none was asked for. It releases the tiles."""
+        self._tiles.release()
         results = []
         for index, dtype in enumerate(self._dtypes):
             grad = self._grads.pop(index, None)

@@ -28,6 +28,10 @@ class Workspace:
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
+    def clear(self) -> None:
+        """Forgets all buffers; those in use elsewhere live on there."""
+        self._held.clear()
+
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor of `shape` in the buffer `name`."""
         count = math.prod(shape)

@@ -70,6 +70,7 @@ def recompute_gradients(
                 ops.write_dlogits(logits[block], out[block], local, temperature, c, at)
                 start = block.stop
             grads.add(out, chunk, columns)
+            del logits, out  # so that result() can release their memory
     results = grads.result()
     if options.group:
         results = [sum_ranks(x, options.group) if i in (0, 3) and x.numel() else x for i, x in enumerate(results)]

@@ -19,7 +19,7 @@ from fastreason_kernels.head import HeadOptions, HeadTensors
 from fastreason_kernels.linear_logprob.strategies import select
 from fastreason_kernels.partials import finish
 from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, evaluate
-from fastreason_kernels.rows import RowCoefficients, RowStatistics, row_ops
+from fastreason_kernels.rows import RowCoefficients, RowOps, RowStatistics, row_ops
 from fastreason_kernels.workspace import Workspace
 
 OP = "linear_policy_loss"
@@ -100,32 +100,47 @@ def run(
     grads = HeadGradients(head, needs, tiles, gradient_dtypes(head))
     ops = row_ops(OP, head, tiles, options, workspace)
     total = torch.zeros((), dtype=head.stat_dtype, device=head.hidden.device)
+    for chunk in tiles.row_chunks():
+        total += _walk_chunk(head, loss, chunk, tiles, ops, report, grads if any(needs) else None)
+    return total, grads.result()
+
+
+def _walk_chunk(
+    head: HeadTensors,
+    loss: TokenLoss,
+    chunk: Tensor,
+    tiles: Tiles,
+    ops: RowOps,
+    report: TokenReport,
+    grads: HeadGradients | None,
+) -> Tensor:
+    """Loss sum of the tokens `chunk`, whose gradients go into `grads`."""
     columns = slice(0, tiles.columns)
+    logits = tiles.logits(chunk, columns)
+    gradient = tiles.gradient_view(logits)
+    total = torch.zeros((), dtype=head.stat_dtype, device=head.hidden.device)
     # Rows without a gradient (clipped ones) leave the products where that is known without waiting for a device.
     compact = head.hidden.device.type == "cpu" and ops.compacts
-    for chunk in tiles.row_chunks():
-        logits = tiles.logits(chunk, columns)
-        gradient = tiles.gradient_view(logits)
-        kept: list[Tensor] = []
-        num_kept = 0
-        for part, z in zip(chunk.split(ops.rows), logits.split(ops.rows), strict=True):
-            ids, temperature = select(part, head.ids, head.temperature)
-            stats = RowStatistics(*finish(ops.partials(z, ids, temperature)))
-            out, coefficients = _coefficients(loss, part, stats, any(needs))
-            report.write(part, out)
-            total += out.loss_sum.detach()
-            if coefficients is None:
-                continue
-            keep = coefficients.nonzero.nonzero().squeeze(1) if compact else None
-            count = part.shape[0] if keep is None else keep.shape[0]
-            # They close up at the front of the chunk, never past the block that is already read.
-            target = gradient[num_kept : num_kept + count]
-            ops.write_dlogits(z, target, ids, temperature, coefficients, stats, keep)
-            kept.append(part if keep is None else part.index_select(0, keep))
-            num_kept += count
-        if kept:
-            grads.add(gradient[:num_kept], torch.cat(kept), columns)
-    return total, grads.result()
+    kept: list[Tensor] = []
+    num_kept = 0
+    for part, z in zip(chunk.split(ops.rows), logits.split(ops.rows), strict=True):
+        ids, temperature = select(part, head.ids, head.temperature)
+        stats = RowStatistics(*finish(ops.partials(z, ids, temperature)))
+        out, coefficients = _coefficients(loss, part, stats, grads is not None)
+        report.write(part, out)
+        total += out.loss_sum.detach()
+        if coefficients is None:
+            continue
+        keep = coefficients.nonzero.nonzero().squeeze(1) if compact else None
+        count = part.shape[0] if keep is None else keep.shape[0]
+        # They close up at the front of the chunk, never past the block that is already read.
+        target = gradient[num_kept : num_kept + count]
+        ops.write_dlogits(z, target, ids, temperature, coefficients, stats, keep)
+        kept.append(part if keep is None else part.index_select(0, keep))
+        num_kept += count
+    if grads is not None and kept:
+        grads.add(gradient[:num_kept], torch.cat(kept), columns)
+    return total
 
 
 @contextlib.contextmanager
