@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastreason_kernels.head import HeadOptions, HeadTensors
+from fastreason_kernels.row_kernels.launch import gradient_view
 from fastreason_kernels.workspace import Workspace, empty
 
 # Tiles of whole rows. On a CPU what stays cheap to allocate; on a device 4096 fp32 rows of 152,064 columns, because every
@@ -108,8 +109,8 @@ class Tiles:
 
         Where logits are wider than the operands, each row's gradient begins where its logits begin.
         """
-        out = self._buffers[buffer][: logits.shape[0]]
-        return out.view(self._head.hidden.dtype)[:, : logits.shape[1]]
+        out = self._buffers[buffer][: logits.shape[0], : logits.shape[1]]
+        return gradient_view(out) if self._head.hidden.dtype == torch.bfloat16 else out
 
 
 class _Gathered:
