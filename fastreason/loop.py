@@ -15,29 +15,18 @@ from typing import Any, Literal, Protocol
 import msgspec
 import torch
 
-from fastreason.advantages import rewards_tensor
 from fastreason.algorithms import ResolvedAlgorithm
 from fastreason.checkpoint import CheckpointStore, TrainerState
-from fastreason.config import Config, updates_prompts
+from fastreason.config import Config
 from fastreason.errors import InterruptedWaitError
-from fastreason.figures import TokenTotals, rollout_figures
+from fastreason.figures import rollout_figures
 from fastreason.metrics import MetricsLog, Progress, SampleLog
-from fastreason.packing import (
-    Layout,
-    MicroBatch,
-    Row,
-    collate,
-    loss_denominator,
-    plan_micro_batches,
-    rows_of,
-    split_balanced,
-    unit_length,
-    units_of,
-)
+from fastreason.packing import Layout
 from fastreason.ranks import Ranks
 from fastreason.sync import Publisher
+from fastreason.training import TrainingStep
 from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
-from fastreason.update.updater import Updater, UpdateResult
+from fastreason.update.updater import Updater
 
 
 class Delivery(Protocol):
@@ -114,6 +103,9 @@ class Loop:
         self.saved_step = 0  # an untrained run needs no checkpoint
         self.score = float("-inf")
         self.totals = Totals()
+        self._training = TrainingStep(
+            parts.config, parts.algorithm, parts.updater, parts.ranks, parts.layout, parts.pad_token_id
+        )
 
     def run(self) -> bool:
         parts, steps = self.parts, self.parts.config.train.steps
@@ -151,7 +143,8 @@ class Loop:
             return False
         pulled = time.perf_counter()
         self._say("train", step=self.step + 1)
-        figures = self._train(groups)
+        figures = self._training(groups)
+        self.totals.tokens_trained += int(figures["train/tokens"])
         trained = time.perf_counter()
         self.step += 1
         self.num_groups += len(groups)
@@ -207,76 +200,6 @@ class Loop:
         order = msgspec.msgpack.decode(parts.ranks.broadcast(message), type=Order)
         return (order.groups if order.action == "train" else None), delivery
 
-    def _train(self, groups: list[Group]) -> dict[str, float]:
-        """All optimizer updates of one batch; returns the step's loss figures."""
-        parts, config = self.parts, self.parts.config
-        advantages_PG = parts.algorithm.advantage(rewards_tensor(groups))
-        size = updates_prompts(config)
-        plans = []
-        for first in range(0, len(groups), size):
-            rows = rows_of(
-                groups[first : first + size], advantages_PG[first : first + size], parts.algorithm.aggregation
-            )
-            plans.append((rows, self._micro_batches(rows)))
-        if parts.algorithm.ratio_against == "sampler":
-            for batch in (b for _, batches in plans for b in batches):
-                batch.behaviour_logp_N = batch.sampler_logp_N
-        elif len(plans) > 1:
-            # Before the first update; with a single one the ratio is 1 and needs nothing.
-            for _, batches in plans:
-                for batch, logp_N in zip(
-                    batches, parts.updater.logprobs(batches, config.rollout.temperature), strict=True
-                ):
-                    batch.behaviour_logp_N = logp_N
-        totals, results = TokenTotals(), []
-        for number, (rows, batches) in enumerate(plans):
-            result = parts.updater.update(
-                batches, parts.algorithm.spec, config.rollout.temperature, self._denominator(rows)
-            )
-            for batch, output in zip(batches, result.outputs, strict=True):
-                totals.add(batch, output, first_update=number == 0)
-            results.append(result)
-        num_tokens = sum(len(row) for rows, _ in plans for row in rows)
-        computed = sum(parts.ranks.sum([float(sum(batch.num_tokens for _, batches in plans for batch in batches))]))
-        self.totals.tokens_trained += num_tokens
-        sums, maxima = totals.packed()
-        figures = TokenTotals.figures(parts.ranks.sum(sums), parts.ranks.max(maxima))
-        return (
-            figures
-            | update_figures(results)
-            | {
-                "train/tokens": float(num_tokens),
-                "train/tokens_computed": computed,
-            }
-        )
-
-    def _denominator(self, rows: list[Row]) -> float:
-        num_tokens = sum(row.num_response for row in rows)
-        return loss_denominator(
-            num_tokens, len(rows), self.parts.config.rollout.max_new_tokens, self.parts.algorithm.aggregation
-        )
-
-    def _micro_batches(self, rows: list[Row]) -> list[MicroBatch]:
-        """This rank's micro-batches of an update; every rank makes equally many, as ZeRO's collectives need."""
-        parts, train = self.parts, self.parts.config.train
-        if train.skip_zero_advantage and parts.algorithm.zero_advantage_is_zero_gradient:
-            # The denominator counts them all the same. One row stays where none has a gradient.
-            rows = [row for row in rows if row.advantage] or rows[:1]
-        units = units_of(rows, parts.layout)
-        shares = split_balanced([unit_length(unit) for unit in units], parts.ranks.num)
-        plans = [
-            plan_micro_batches([unit_length(units[i]) for i in share], train.micro_batch_tokens, parts.layout)
-            for share in shares
-        ]
-        share, plan = shares[parts.ranks.rank], plans[parts.ranks.rank]
-        batches = [collate([units[share[i]] for i in part], parts.layout, parts.pad_token_id) for part in plan]
-        while len(batches) < max(map(len, plans)):
-            filler = collate([rows[:1]], parts.layout, parts.pad_token_id)
-            filler.token_weight_N.zero_()
-            filler.advantages_N.zero_()
-            batches.append(filler)
-        return batches
-
     def _publish(self, version: int) -> LoadReport | None:
         update = self.parts.publisher.write(self.parts.updater, version)
         self.version = version
@@ -330,17 +253,6 @@ class Loop:
     def _say(self, phase: str, detail: str = "", step: int | None = None) -> None:
         if self.parts.progress is not None:
             self.parts.progress.update(phase, detail, step=step)
-
-
-def update_figures(results: list[UpdateResult]) -> dict[str, float]:
-    """Means over a step's updates; `train/skipped_updates` counts those whose gradient was not finite."""
-    return {
-        "loss/policy": sum(r.loss for r in results) / len(results),
-        "train/grad_norm": sum(r.grad_norm for r in results) / len(results),
-        "train/lr": results[-1].lr,
-        "train/updates": float(len(results)),
-        "train/skipped_updates": float(sum(not r.applied for r in results)),
-    }
 
 
 def peak_memory_gib() -> float:

@@ -12,19 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
-FOUNDATION = {"types", "errors", "config", "cores"}
+FOUNDATION = {"types", "errors", "config", "sections", "cores"}
 PURE = {"advantages", "losses", "packing", "rewards"}
 PLUMBING = {"metrics", "exchange", "processes", "ranks", "models", "session"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
-PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report"}
+PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report", "training"}
 EVERYTHING = {""}
 
 # Which modules of fastreason one may import besides those of its own package. A new module needs a row.
 ALLOWED = {
     "types": set(),
     "errors": set(),
-    "config": {"types", "errors"},
+    "config": {"types", "errors", "sections"},
+    "sections": set(),
     "cores": {"errors"},
     "metrics": FOUNDATION,
     "exchange": FOUNDATION,
@@ -39,7 +40,7 @@ ALLOWED = {
     "probes": FOUNDATION | {"processes"},
     "machine": FOUNDATION,
     "doctor": FOUNDATION | {"machine", "probes"},
-    **dict.fromkeys(PURE, {"types", "errors", "config"} | PURE),
+    **dict.fromkeys(PURE, {"types", "errors", "config", "sections"} | PURE),
     "algorithms": MEANING,
     "data": MEANING,
     "policy": MEANING,
@@ -47,7 +48,7 @@ ALLOWED = {
     "rollout": MEANING | PLUMBING | {"data"},
     "update": MEANING | PLUMBING | {"policy"},
     "sync": MEANING | PLUMBING | {"policy"},
-    **dict.fromkeys(("loop", "offline", "evaluate"), PARTS | PROTOCOLS),
+    **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
     **dict.fromkeys(("cli", "preflight", "launch", "compose"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.

@@ -8,9 +8,9 @@ import torch
 from fastreason_kernels import PolicyLossOutput
 
 from fastreason.figures import TokenTotals, rollout_figures
-from fastreason.loop import update_figures
 from fastreason.packing import Row, collate
 from fastreason.rollout.evaluation import summarise
+from fastreason.training import update_figures
 from fastreason.types import Grade, Group, Prompt, Sample
 from fastreason.update.updater import UpdateResult
 

@@ -8,7 +8,6 @@ import torch
 from fastreason_kernels import PolicyLossSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastreason.loop import Loop
 from fastreason.packing import (
     Row,
     collate,
@@ -20,6 +19,7 @@ from fastreason.packing import (
     units_of,
 )
 from fastreason.policy import Policy
+from fastreason.training import TrainingStep
 from fastreason.types import Grade, Group, Prompt, Sample
 
 CLIP = PolicyLossSpec(clip_low=0.2, clip_high=0.2)
@@ -274,24 +274,24 @@ def test_the_reference_notices_a_leak_between_responses(policy, reference_model)
         assert_same(train(policy, batches), reference(reference_model, rows))
 
 
-def loop_for(layout, rank, num_ranks, budget=30, skip=True, zero_is_zero=True):
-    """A Loop with no more than `_micro_batches` uses."""
+def step_for(layout, rank, num_ranks, budget=30, skip=True, zero_is_zero=True):
+    """A TrainingStep with no more than `micro_batches` uses."""
     train_config = SimpleNamespace(skip_zero_advantage=skip, micro_batch_tokens=budget)
-    parts = SimpleNamespace(
+    return TrainingStep(
         config=SimpleNamespace(train=train_config),
         algorithm=SimpleNamespace(zero_advantage_is_zero_gradient=zero_is_zero),
-        layout=layout,
+        updater=None,
         ranks=SimpleNamespace(rank=rank, num=num_ranks),
+        layout=layout,
         pad_token_id=0,
     )
-    return Loop(parts)
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_leaving_out_rows_without_gradient_changes_nothing(policy, layout):
     rows = batch_of_rows(num_prompts=4, num_samples=4, zero_every=2)
-    whole = loop_for(layout, 0, 1, skip=False)._micro_batches(rows)
-    fewer = loop_for(layout, 0, 1, skip=True)._micro_batches(rows)
+    whole = step_for(layout, 0, 1, skip=False).micro_batches(rows)
+    fewer = step_for(layout, 0, 1, skip=True).micro_batches(rows)
     assert sum(batch.num_rows for batch in whole) == 16
     assert sum(batch.num_rows for batch in fewer) == 8
     assert_same(train(policy, fewer), train(policy, whole))
@@ -299,13 +299,13 @@ def test_leaving_out_rows_without_gradient_changes_nothing(policy, layout):
 
 def test_rows_without_advantage_stay_where_another_term_moves_them():
     rows = batch_of_rows(zero_every=2)
-    kept = loop_for("padded", 0, 1, zero_is_zero=False)._micro_batches(rows)
+    kept = step_for("padded", 0, 1, zero_is_zero=False).micro_batches(rows)
     assert sum(batch.num_rows for batch in kept) == len(rows)
 
 
 def test_one_row_stays_where_no_row_has_a_gradient(policy):
     rows = batch_of_rows(zero_every=1)
-    (batch,) = loop_for("shared", 0, 1)._micro_batches(rows)
+    (batch,) = step_for("shared", 0, 1).micro_batches(rows)
     assert batch.num_rows == 1
     loss, gradients = train(policy, [batch])
     assert loss == 0.0
@@ -316,8 +316,8 @@ def test_one_row_stays_where_no_row_has_a_gradient(policy):
 @pytest.mark.parametrize("num_ranks", [2, 5])
 def test_the_ranks_together_give_the_loss_of_one(policy, layout, num_ranks):
     rows = batch_of_rows()
-    alone = train(policy, loop_for(layout, 0, 1)._micro_batches(rows))
-    shares = [loop_for(layout, rank, num_ranks)._micro_batches(rows) for rank in range(num_ranks)]
+    alone = train(policy, step_for(layout, 0, 1).micro_batches(rows))
+    shares = [step_for(layout, rank, num_ranks).micro_batches(rows) for rank in range(num_ranks)]
     assert len({len(share) for share in shares}) == 1, "ZeRO's collectives need equally many micro-batches"
     results = [train(policy, share) for share in shares]
     together = {name: sum(gradients[name] for _, gradients in results) for name in alone[1]}
@@ -326,7 +326,7 @@ def test_the_ranks_together_give_the_loss_of_one(policy, layout, num_ranks):
 
 def test_a_filler_contributes_exactly_nothing(policy):
     rows = batch_of_rows(num_prompts=1, num_samples=1)
-    (filler,) = loop_for("padded", 1, 2)._micro_batches(rows)
+    (filler,) = step_for("padded", 1, 2).micro_batches(rows)
     assert filler.num_rows == 1 and not filler.token_weight_N.any()
     for spec in (CLIP, PolicyLossSpec(entropy_coef=0.1)):
         loss, gradients = train(policy, [filler], spec)

