@@ -12,6 +12,7 @@ from typing import Any
 from fastreason.config import Config
 
 KL_LIMIT = 1.0  # nats per token: a policy that far from its reference no longer resembles it
+ESS_FLOOR = 0.5  # of the tokens of a batch: with less, a few of them decide the gradient
 COLLAPSE_FROM = 0.1  # below this accuracy, half of the best is within the noise of a step
 
 
@@ -119,7 +120,17 @@ def _reward_rules(config: Config) -> list[Rule]:
 
 def _training_rules(config: Config) -> list[Rule]:
     floor, limit = config.log.entropy_floor, config.rollout.mismatch_warning
+    after = config.log.warn_after
     return [
+        Rule(
+            ("mismatch/ess",),
+            after,
+            # 0 stands for a step without a token.
+            lambda share: 0 < share < ESS_FLOOR,
+            f"the effective sample size against the sampler is {{0:.2f}} of the tokens, below {ESS_FLOOR:g}, {after} step(s) "
+            "in a row: the batches are too far off-policy. Lower rollout.max_staleness or train.lr, or correct with "
+            "algorithm.ratio_against=trainer algorithm.importance=truncate.",
+        ),
         Rule(
             ("loss/entropy",),
             1,

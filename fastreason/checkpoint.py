@@ -10,22 +10,22 @@ from typing import Any
 from fastreason.errors import CheckpointError
 
 STATE_FILE = "trainer.json"
-FORMAT = 1
+PRODUCER_FILE = "producer.msgpack"
+FORMAT = 2
 
 
 @dataclass
 class TrainerState:
     """What a checkpoint holds beside the updater's own state.
 
-    `version` weights have been published, `num_groups` groups are trained; `producer` brings back the cursor and the
-    prompts that were issued and not trained. `figures` are running totals that the summary reports.
+    `version` weights have been published, `num_groups` groups are trained. `figures` are running totals that the summary
+    reports. The producer's own state lies beside it, as bytes that only the producer reads.
     """
 
     step: int
     version: int
     num_groups: int
     score: float
-    producer: dict[str, Any]
     figures: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -44,13 +44,13 @@ class CheckpointStore:
         path.mkdir(parents=True)
         return path
 
-    def commit(self, state: TrainerState) -> Path:
-        """Write the state beside the updater's files, sync everything to disk, rename, and remove what is not kept."""
+    def commit(self, state: TrainerState, producer: bytes) -> Path:
+        """Write both states beside the updater's files, sync everything to disk, rename, and remove what is not kept."""
         aside = self.folder / f"step-{state.step:06d}.writing"
+        (aside / PRODUCER_FILE).write_bytes(producer)
         (aside / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        for path in aside.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
         target = self.folder / f"step-{state.step:06d}"
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
@@ -81,6 +81,14 @@ class CheckpointStore:
         for path in found:
             if path not in keep:
                 shutil.rmtree(path)
+
+
+def read_producer_state(folder: Path) -> bytes:
+    """The producer's state of a checkpoint; raises CheckpointError where it is missing."""
+    try:
+        return (folder / PRODUCER_FILE).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the producer's state cannot be read: {error}") from error
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -18,6 +18,9 @@ examples:
   fastreason train configs/quickstart.yaml run.name=try train.lr=1e-5 rollout.max_staleness=0
   fastreason train configs/quickstart.yaml --dry-run
   fastreason train --resume runs/try
+  fastreason train configs/quickstart.yaml --only rollout run.name=try
+  fastreason train configs/quickstart.yaml --only train --groups runs/try/groups eval.num_prompts=0
+  fastreason report run runs/try
   fastreason doctor configs/quickstart.yaml
 """
 
@@ -38,11 +41,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything that needs no model, print the config, stop"
     )
     train.add_argument("--resume", metavar="RUN", help="folder of a run to continue from its newest checkpoint")
+    train.add_argument(
+        "--only",
+        choices=["rollout", "train"],
+        help="one phase alone: write groups to RUN/groups, or train on written ones",
+    )
+    train.add_argument("--groups", metavar="FOLDER", help="--only train: the groups that --only rollout has written")
+    report = commands.add_parser("report", help="draw what a run has written, and print it in short")
+    kinds = report.add_subparsers(dest="kind", required=True, metavar="KIND")
+    run = kinds.add_parser("run", help="reward, staleness, where the time went, a piece of the timeline")
+    run.add_argument("run", metavar="RUN", help="folder of a run; it may still be running")
+    run.add_argument("--out", metavar="FILE", help="picture to write (PNG); default: RUN/report.png")
     doctor = commands.add_parser("doctor", help="check this machine, and a config against it")
     doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     process = commands.add_parser("_process")
-    process.add_argument("name", choices=["producer", "trainer"])
+    process.add_argument("name", choices=["producer", "trainer", "collector"])
     return parser
 
 
@@ -56,10 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        if options.command == "train":
-            return train_command(options)
-        if options.command == "doctor":
-            return doctor_command(options)
+        commands = {"train": train_command, "report": report_command, "doctor": doctor_command}
+        if options.command in commands:
+            return commands[options.command](options)
         from fastreason.compose import run_process
 
         return run_process(options.name)
@@ -84,14 +97,40 @@ def train_command(options: argparse.Namespace) -> int:
         raise ConfigError("train: give a config file, e.g. fastreason train configs/quickstart.yaml (or --resume RUN).")
     config = anchor_paths(load_config(options.config, options.overrides))
     decisions, unchecked = preflight(config)
+    groups = written_groups(options, config)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
-    if not unchecked or config.data.source != "hub":
+    if groups is None and (not unchecked or config.data.source != "hub"):
         check_prompts_offline(config)
     run_dir = make_run_dir(config)
     write_config(config, run_dir)
     print("\n".join(batch_derivation(config)))
-    return launch(config, run_dir, decisions, resume=False)
+    return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
+
+
+def written_groups(options: argparse.Namespace, config: "Config", done: int = 0) -> Path | None:
+    """The folder that `--only train` trains on, checked against the config from batch `done` on; None for other runs."""
+    if options.only != "train":
+        if options.groups:
+            raise ConfigError(
+                f"--groups {options.groups}: only --only train reads written groups. Add it, or drop --groups."
+            )
+        return None
+    if not options.groups:
+        raise ConfigError(
+            "--only train: give the groups to train on, --groups RUN/groups. They are written by: "
+            "fastreason train CONFIG --only rollout"
+        )
+    if config.eval.num_prompts:
+        raise ConfigError(
+            f"--only train: eval.num_prompts={config.eval.num_prompts}, and without an engine nothing can be evaluated. "
+            "Pass eval.num_prompts=0."
+        )
+    from fastreason.replay import check_batches
+
+    folder = Path(options.groups).resolve()
+    check_batches(folder, config, done)
+    return folder
 
 
 def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]) -> int:
@@ -105,11 +144,14 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
 
 
 def resume_command(options: argparse.Namespace) -> int:
-    from fastreason.checkpoint import CheckpointStore
+    from fastreason.checkpoint import CheckpointStore, read_producer_state
     from fastreason.config import load_config
     from fastreason.launch import launch, write_config
     from fastreason.preflight import preflight
+    from fastreason.replay import REPLAYED
 
+    if options.only == "rollout":
+        raise ConfigError(f"--resume {options.resume}: --only rollout cannot be resumed. Start a new run.")
     run_dir = Path(options.resume).resolve()
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
@@ -123,11 +165,24 @@ def resume_command(options: argparse.Namespace) -> int:
             f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
             f"{config.train.steps}: it is finished. Pass train.steps=N with a larger N to train on."
         )
+    if options.only != "train" and read_producer_state(path) == REPLAYED:
+        raise ConfigError(
+            f"--resume {options.resume}: it was trained on written groups, and knows of no prompt that was issued. "
+            "Add --only train --groups FOLDER."
+        )
+    groups = written_groups(options, config, done=state.version)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
     write_config(config, run_dir)
     print(f"resuming from {path.name}: {state.step} of {config.train.steps} steps done")
-    return launch(config, run_dir, decisions, resume=True)
+    return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups)
+
+
+def report_command(options: argparse.Namespace) -> int:
+    from fastreason.report.run import report_run
+
+    report_run(Path(options.run), Path(options.out) if options.out else None)
+    return 0
 
 
 def doctor_command(options: argparse.Namespace) -> int:

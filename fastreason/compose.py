@@ -17,7 +17,8 @@ from fastreason.config import Config, load_config, num_updates
 from fastreason.errors import FastreasonError, InterruptedWaitError
 from fastreason.metrics import Progress
 from fastreason.processes import die_with_parent
-from fastreason.session import Outcome, Session, StopFlag, read_session, write_outcome
+from fastreason.session import Outcome, Session, StopFlag, read_session, request_restart, write_outcome
+from fastreason.trace import Trace
 
 
 def run_process(name: str) -> int:
@@ -26,8 +27,13 @@ def run_process(name: str) -> int:
     session = read_session()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = load_config(Path(session.run_dir) / "config.yaml")
-    body: Callable[[Session, Config], Outcome] = {"producer": run_producer, "trainer": run_trainer}[name]
-    label = name if name == "producer" else f"trainer-{os.environ.get('RANK', '0')}"
+    bodies: dict[str, Callable[[Session, Config], Outcome]] = {
+        "producer": run_producer,
+        "trainer": run_trainer,
+        "collector": run_collector,
+    }
+    body = bodies[name]
+    label = name if name != "trainer" else f"trainer-{os.environ.get('RANK', '0')}"
     try:
         outcome = body(session, config)
     except InterruptedWaitError:
@@ -36,12 +42,20 @@ def run_process(name: str) -> int:
         outcome = Outcome(finished=False, error=str(error))
     except BaseException as error:
         traceback.print_exc()
-        outcome = Outcome(finished=False, error=f"{type(error).__name__}: {error}", expected=False)
+        stuck = explain_stuck(error) if name == "trainer" else None
+        message = stuck or f"{type(error).__name__}: {error}"
+        outcome = Outcome(finished=False, error=message, expected=stuck is not None)
     write_outcome(session, label, outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     # Leftover threads of the libraries (gloo, tokenizers) must not keep a finished process alive.
     os._exit(1 if outcome.error else 0)
+
+
+def explain_stuck(error: BaseException) -> str | None:
+    from fastreason.ranks import explain_timeout
+
+    return explain_timeout(error)
 
 
 def load_tokenizer(session: Session, config: Config) -> Any:
@@ -50,29 +64,33 @@ def load_tokenizer(session: Session, config: Config) -> Any:
     return AutoTokenizer.from_pretrained(session.model_dir, trust_remote_code=config.model.trust_remote_code)
 
 
-def make_engine(session: Session, config: Config, tokenizer: Any) -> Any:
-    """The engine's client (vllm), or the engine itself (hf, fake), by name."""
-    if config.rollout.engine == "vllm":
+def make_engine(session: Session, config: Config, on_event: Callable[[str, str], None]) -> Any:
+    """The client of the engine's server (vllm, fake), or the engine itself (hf), by name."""
+    if session.engine_url is not None:
         from fastreason.rollout.vllm import VllmEngine
         from fastreason.rollout.vllm_middleware import KEY_VARIABLE
 
-        assert session.engine_url is not None
-        return VllmEngine(session.engine_url, os.environ[KEY_VARIABLE], config.rollout)
-    if config.rollout.engine == "hf":
-        from fastreason.rollout.hf import HfEngine
+        return VllmEngine(
+            session.engine_url,
+            os.environ[KEY_VARIABLE],
+            config.rollout,
+            hang_timeout_s=config.run.hang_timeout_s,
+            on_hung=partial(request_restart, session.folder, "engine"),
+            on_event=on_event,
+            name=config.rollout.engine,
+        )
+    from fastreason.rollout.hf import HfEngine
 
-        return HfEngine(session.model_dir, config.model.dtype, session.device)
-    from fastreason.rollout.fake import FakeEngine
-
-    special = set(tokenizer.all_special_ids)
-    plain = [token for token in range(min(len(tokenizer), 256)) if token not in special]
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else len(tokenizer) - 1
-    return FakeEngine(plain, eos)
+    return HfEngine(session.model_dir, config.model.dtype, session.device)
 
 
 def run_producer(session: Session, config: Config) -> Outcome:
+    from fastreason.algorithms import resolve_algorithm
+    from fastreason.beats import Beat
     from fastreason.data import PromptCursor, load_problems, render_messages, render_token_ids, split_held_out
+    from fastreason.filtering import verdict
     from fastreason.rewards import check_prompts, resolve_rewards
+    from fastreason.rollout.books import Books
     from fastreason.rollout.graders import GraderPool
     from fastreason.rollout.grading import Grading
     from fastreason.rollout.producer import Producer
@@ -91,48 +109,102 @@ def run_producer(session: Session, config: Config) -> Outcome:
     reward_model = RewardModelClient(config.reward) if spec.needs_reward_model else None
     grading = Grading(spec, GraderPool(config.reward), reward_model, partial(render_messages, config=config.data))
     progress = Progress(run_dir, config.train.steps)
+    trace = Trace(run_dir if config.log.trace else None, "producer")
+    algorithm = resolve_algorithm(config)
+    render = partial(render_token_ids, config=config.data, tokenizer=tokenizer)
+    rollouts = only_rollouts(config) if session.only == "rollout" else config
 
     async def main() -> None:
+        books = Books(
+            rollouts, PromptCursor(train, config.run.seed), render, len(train), run_dir, Path(session.spool_dir)
+        )
         producer = Producer(
-            config,
-            make_engine(session, config, tokenizer),
+            rollouts,
+            make_engine(session, config, lambda event, detail: producer.note(event, detail)),
             grading,
-            PromptCursor(train, config.run.seed),
+            books,
             held_out,
             tokenizer,
-            lambda prompt: render_token_ids(prompt, config.data, tokenizer),
+            render,
             len(train),
             run_dir,
             on_progress=lambda phase, done, total: progress.update(phase, done=done, total=total),
+            on_ready=session.ready_file.touch,
+            reject=partial(verdict, filter=algorithm.filter if algorithm.filtered == "refill" else "none"),
+            trace=trace,
         )
+        beat = asyncio.create_task(Beat(session.folder, "producer").in_loop())
         await grading.start()
         try:
             await producer.serve(session.socket_path)
         finally:
+            beat.cancel()
             await grading.close()
+            trace.close()
 
     progress.update("start engine")
     asyncio.run(main())
     return Outcome(finished=True)
 
 
+def only_rollouts(config: Config) -> Config:
+    """The config of a run that generates and never trains: no version follows the first, so admission must not wait for one."""
+    rollout = config.rollout
+    limit = rollout.max_running_groups or (rollout.max_staleness + 1) * config.train.prompts_per_step
+    return config.model_copy(
+        update={
+            "rollout": rollout.model_copy(
+                update={"max_staleness": config.train.steps, "max_running_groups": limit, "order": "issued"}
+            )
+        }
+    )
+
+
+def run_collector(session: Session, config: Config) -> Outcome:
+    """In place of the trainer: takes every batch and writes it down."""
+    from fastreason.replay import collect
+    from fastreason.rollout.client import ProducerClient
+
+    run_dir = Path(session.run_dir)
+    stop = StopFlag(session.stop_file)
+    progress = Progress(run_dir, config.train.steps)
+    client = ProducerClient(
+        session.socket_path,
+        config.run.timeout_s,
+        config.rollout.startup_timeout_s + 60,
+        stop,
+        may_rejoin=config.run.max_restarts > 0,
+    )
+
+    def on_batch(number: int) -> None:
+        client.collected()
+        progress.update("generate", step=number)
+
+    client.start(0, 0, None)
+    progress.update("generate", step=0)
+    done = collect(client, run_dir / "groups", config.train.steps, on_batch)
+    client.stop()
+    return Outcome(finished=done == config.train.steps, step=done)
+
+
 def run_trainer(session: Session, config: Config) -> Outcome:
     import torch
 
     from fastreason.algorithms import resolve_algorithm
+    from fastreason.beats import Beat
     from fastreason.checkpoint import CheckpointStore
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
     from fastreason.policy import choose_layout, load_policy
     from fastreason.ranks import Ranks
-    from fastreason.rollout.client import ProducerClient
     from fastreason.sync import Publisher, save_model
     from fastreason.update.deepspeed import DeepSpeedUpdater, initialise_distributed
 
     run_dir = Path(session.run_dir)
     stop = StopFlag(session.stop_file)
+    Beat(session.folder, f"trainer-{os.environ.get('RANK', '0')}").in_thread()
     device = prepare_device(session.device, config)
-    initialise_distributed(session.device)
+    initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
     policy = load_policy(
         Path(session.model_dir), config.model, str(device), attention=session.attention, liger=session.liger
@@ -160,9 +232,8 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         parts.metrics = MetricsLog(run_dir, config.log, resume_step)
         parts.samples = SampleLog(run_dir, config.log, resume_step)
         parts.progress = Progress(run_dir, config.train.steps)
-        parts.rollouts = client = ProducerClient(
-            session.socket_path, config.run.timeout_s, config.rollout.startup_timeout_s + 60, stop
-        )
+        parts.trace = Trace(run_dir if config.log.trace else None, "trainer")
+        parts.rollouts = client = make_rollouts(session, config, stop)
     loop = Loop(parts)
     finished = loop.run()
     if finished and config.checkpoint.save_model:
@@ -175,9 +246,33 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         assert parts.metrics is not None and parts.samples is not None
         parts.metrics.close()
         parts.samples.close()
+        parts.trace.close()
         client.stop()
     saved = store.complete()
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
+
+
+def collective_timeout_s(config: Config) -> float:
+    """Longest wait of one rank for another: rank 0 may itself wait for an evaluation, a batch and a producer's restart."""
+    return 3 * config.run.timeout_s + config.rollout.startup_timeout_s
+
+
+def make_rollouts(session: Session, config: Config, stop: StopFlag) -> Any:
+    """The producer, or with `--only train` the groups that an earlier run has written."""
+    if session.only == "train":
+        from fastreason.replay import ReplayRollouts
+
+        assert session.groups_dir is not None
+        return ReplayRollouts(Path(session.groups_dir))
+    from fastreason.rollout.client import ProducerClient
+
+    return ProducerClient(
+        session.socket_path,
+        config.run.timeout_s,
+        config.rollout.startup_timeout_s + 60,
+        stop,
+        may_rejoin=config.run.max_restarts > 0,
+    )
 
 
 def prepare_device(device: str, config: Config) -> Any:

@@ -44,8 +44,14 @@ HEALTH = (
     ("grad norm", "train/grad_norm", "{:.3f}"),
     ("cut off", "rollout/truncated_share", "{:.0%}"),
     ("signal", "rollout/signal_share", "{:.0%}"),
-    ("staleness", "rollout/staleness_mean", "{:.2f}"),
     ("mismatch", "mismatch/logp_abs_mean", "{:.4f}"),
+)
+STALENESS = (("staleness", "rollout/staleness_mean", "{:.2f}"),)
+# Counted since the start of the run; shown once there are any.
+FAULTS = (
+    ("engine restarts", "rollout/engine_restarts", "{:.0f}"),
+    ("producer restarts", "rollout/producer_restarts", "{:.0f}"),
+    ("dropped", "rollout/dropped", "{:.0f} groups"),
 )
 SECONDS = (
     ("generate", "time/generate_s", "{:.1f}"),
@@ -195,11 +201,12 @@ class Display:
 def step_line(row: Mapping[str, Any], view: RunView) -> str:
     """One metrics row as a line of a log."""
     parts = [f"step {row['step']}/{view.config.train.steps}"]
-    parts += [f"{label} {text}" for label, text in _fields(row, QUALITY)]
+    parts += [f"{label} {text}" for label, text in _fields(row, QUALITY + STALENESS)]
     if row.get("time/step_s") is not None:
         inside = ", ".join(f"{label} {text}" for label, text in _fields(row, SECONDS))
         parts.append(f"{row['time/step_s']:.1f} s ({inside})" if inside else f"{row['time/step_s']:.1f} s")
     parts += [text for label, text in _fields(row, SPEED) if label == "generated"]
+    parts += [f"{label} {text}" for label, text in _faults(row)]
     left = view.time_left_s(row["step"])
     if left and _trained(row):
         parts.append(f"{format_duration(left)} left")
@@ -234,11 +241,15 @@ def render_panel(view: RunView, console: Console) -> Panel:
     lines: list[Any] = [bar, Text(phase_line(view.progress, time.time()) if view.progress else "starting", "cyan")]
     if row:
         lines.append(Text())
-        lines += [_labelled(_fields(row, fields)) for fields in (QUALITY, HEALTH) if any(_fields(row, fields))]
+        lines += [
+            _labelled(_fields(row, fields)) for fields in (QUALITY, HEALTH + STALENESS) if any(_fields(row, fields))
+        ]
         if row.get("time/step_s") is not None:
             total = ("seconds", f"{row['time/step_s']:.1f}")
             lines.append(_labelled([total, *_fields(row, SECONDS)]))
         lines.append(_labelled(_fields(row, SPEED)))
+        if faults := _faults(row):
+            lines.append(_labelled(faults))
     ascii_only = console.options.ascii_only
     rewards = view.series("reward/mean")
     if len(rewards) > 1:
@@ -317,6 +328,10 @@ def _fields(row: Mapping[str, Any], fields: Iterable[tuple[str, str, str]]) -> l
     """Label and text of those fields that the row has; a number that was not finite is shown as such."""
     present = [(label, row[key], template) for label, key, template in fields if key in row]
     return [(label, "not finite" if value is None else template.format(value)) for label, value, template in present]
+
+
+def _faults(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return _fields({key: value for key, value in row.items() if value}, FAULTS)
 
 
 def _labelled(pairs: list[tuple[str, str]]) -> Text:

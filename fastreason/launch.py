@@ -1,34 +1,39 @@
-"""The launcher: checks a run, makes its folder, starts its processes, watches them, and ends them all, come what may."""
+"""The launcher: makes a run's folders, says which processes it has, and ends them all, come what may.
+
+How they are watched, started again and their ends explained is in `supervise.py`.
+"""
 
 import contextlib
-import shutil
+import fcntl
+import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import psutil
 
 from fastreason.config import Config, dump_config
 from fastreason.cores import parse_cores
-from fastreason.errors import ConfigError, EngineError, FastreasonError, StuckError
+from fastreason.errors import ConfigError, FastreasonError
 from fastreason.metrics import read_summary, write_summary
 from fastreason.models import max_model_len, read_model_config, resolve_model
 from fastreason.preflight import Decisions
-from fastreason.processes import Child, spawn, tail
-from fastreason.session import SESSION_VARIABLE, Outcome, Session, read_outcome
+from fastreason.processes import remove_segments, spawn
+from fastreason.session import SEGMENTS, SESSION_VARIABLE, Session
+from fastreason.supervise import Part, StopRequest, Supervisor
 
 if TYPE_CHECKING:
-    from fastreason.rollout.vllm import VllmServer
+    from fastreason.rollout.server import EngineServer
 
-ENGINE = "vLLM server"
-LOOK_S = 2.0  # between two looks at the shared memory that the processes use
+SERVED = ("vllm", "fake")  # engines with a server process of their own
+PRODUCER_LOST = ("the producer closed its connection", "the producer ended while")
 
 
 def make_run_dir(config: Config) -> Path:
@@ -48,23 +53,6 @@ def make_run_dir(config: Config) -> Path:
             ) from None
         return path.resolve()
     raise ConfigError(f"run.name={config.run.name!r}: ten thousand runs of that name exist under {parent}.")
-
-
-class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second one means now."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.urgent = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            self.urgent = True
-        self.number = self.number or number
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.number or 0)
 
 
 class MemoryWatch(threading.Thread):
@@ -88,10 +76,18 @@ class MemoryWatch(threading.Thread):
         self._ended.set()
 
 
-def launch(config: Config, run_dir: Path, decisions: Decisions, resume: bool) -> int:
+def launch(
+    config: Config,
+    run_dir: Path,
+    decisions: Decisions,
+    resume: bool,
+    only: str | None = None,
+    groups_dir: Path | None = None,
+) -> int:
     """Run to the end and return the exit code: 0, or 128 + signal when asked to stop; raises what went wrong.
 
-    However it ends, no process, socket, exchange file or temporary folder of the run is left behind.
+    `only` runs one phase alone: "rollout" writes groups, "train" trains on those written in `groups_dir`. However it ends,
+    no process, socket, exchange file or temporary folder of the run is left behind.
     """
     started = time.perf_counter()
     request = StopRequest()
@@ -99,13 +95,28 @@ def launch(config: Config, run_dir: Path, decisions: Decisions, resume: bool) ->
     memory = MemoryWatch()
     memory.start()
     try:
-        with _display(config, run_dir):
-            outcome = _supervise(config, run_dir, decisions, resume, request)
+        with _display(config, run_dir), _folders(config, run_dir, decisions, resume, only, groups_dir) as session:
+            supervisor = Supervisor(config.run, session, request)
+            try:
+                for part in _parts(config, session):
+                    supervisor.start(part)
+                outcome = supervisor.watch()
+            finally:
+                supervisor.stop()
+    except FastreasonError as error:
+        error.args = (f"{error}{_resume_hint(run_dir)}",)
+        raise
     finally:
         memory.stop()
         for number, handler in former.items():
             signal.signal(number, handler)
-    _finish(config, run_dir, time.perf_counter() - started, memory.peak_gib, resume)
+    figures = {
+        "wall_s": time.perf_counter() - started,
+        "peak_memory_gib": memory.peak_gib,
+        "resumed": resume,
+        "restarts": supervisor.num_restarts,
+    }
+    _finish(config, run_dir, figures)
     if outcome.finished and request.number is None:
         return 0
     if outcome.finished:
@@ -128,87 +139,97 @@ def _display(config: Config, run_dir: Path) -> Iterator[None]:
         display.stop()
 
 
-def _supervise(config: Config, run_dir: Path, decisions: Decisions, resume: bool, request: StopRequest) -> Outcome:
-    """Start the processes, wait for the trainer, end everything."""
+@contextlib.contextmanager
+def _folders(
+    config: Config, run_dir: Path, decisions: Decisions, resume: bool, only: str | None, groups_dir: Path | None
+) -> Iterator[Session]:
+    """The session and the exchange folder of a run, removed with all that is in them; also those of killed runs."""
     from fastreason.exchange import ExchangeFolder
 
     model_dir = resolve_model(config.model)
-    length = max_model_len(config, read_model_config(model_dir))
     num_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-    folder = Path(tempfile.mkdtemp(prefix="fastreason-run-"))
-    exchange_folder = ExchangeFolder(2 * num_bytes)
-    exchange = exchange_folder.path
-    children: list[Child] = []
+    temporary = Path(tempfile.gettempdir())
+    sweep_segments(temporary)
+    folder = ExchangeFolder(0, parents=(temporary,))
+    exchange = ExchangeFolder(2 * num_bytes)
     try:
-        environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        engine_url = None
-        if config.rollout.engine == "vllm":
-            # Kept to the end, because it holds the port.
-            server = _start_engine(config, run_dir, decisions, model_dir, length, exchange, children, environment)
-            engine_url = server.url
-        session = Session(
-            folder=str(folder),
+        yield Session(
+            folder=str(folder.path),
             run_dir=str(run_dir),
             model_dir=str(model_dir),
-            engine_url=engine_url,
-            exchange_dir=str(exchange),
+            engine_url=None,
+            exchange_dir=str(exchange.path),
             device=decisions.device,
             attention=decisions.attention,
             liger=decisions.liger,
             resume=resume,
+            only=only,
+            groups_dir=str(groups_dir) if groups_dir is not None else None,
         )
-        environment[SESSION_VARIABLE] = str(session.write())
-        children.append(
-            spawn(
-                "producer",
-                _python("-m", "fastreason.cli", "_process", "producer"),
-                _log(run_dir, "producer"),
-                environment,
-            )
-        )
-        # Ranks inherit no key: they never talk to an engine.
-        trainer_environment = {k: v for k, v in environment.items() if not k.endswith("_KEY")}
-        if decisions.device == "cuda" and config.train.gpus:
-            trainer_environment["CUDA_VISIBLE_DEVICES"] = ",".join(
-                map(str, parse_cores(config.train.gpus, "train.gpus"))
-            )
-        trainer = spawn("trainer", trainer_command(config, folder), _log(run_dir, "trainer"), trainer_environment)
-        children.append(trainer)
-        return _watch(config, session, trainer, children, request)
     finally:
-        for child in reversed(children):
-            child.stop(grace_s=5.0)
-        shutil.rmtree(folder, ignore_errors=True)
-        exchange_folder.remove()
+        folder.remove()
+        exchange.remove()
 
 
-def _start_engine(
-    config: Config,
-    run_dir: Path,
-    decisions: Decisions,
-    model_dir: Path,
-    length: int,
-    exchange: Path,
-    children: list[Child],
-    environment: dict[str, str],
-) -> "VllmServer":
-    from fastreason.rollout.vllm import VllmServer, new_key
+def _parts(config: Config, session: Session) -> list[Part]:
+    """The processes of the run in the order of their start, the main one last; writes the session that they read."""
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    producer_environment = dict(environment)
+    parts: list[Part] = []
+    if session.only != "train" and config.rollout.engine in SERVED:
+        server, key = _engine_server(config, session)
+        session = msgspec.structs.replace(session, engine_url=server.url)
+        producer_environment |= key
+        parts.append(
+            Part(server.name, server.start, "engine", explain_end=server.explain_end, lost_signs=(server.name,))
+        )
+    # Ranks inherit no key: they never talk to an engine.
+    environment[SESSION_VARIABLE] = producer_environment[SESSION_VARIABLE] = str(session.write())
+    both = config.rollout.cores and config.train.cores
+    if session.only != "train":
+        start = partial(
+            spawn,
+            "producer",
+            _python("-m", "fastreason.cli", "_process", "producer"),
+            _log(session, "producer"),
+            producer_environment,
+            parse_cores(config.rollout.cores, "rollout.cores") if config.rollout.cores and both else None,
+        )
+        parts.append(Part("producer", start, "producer", members=("producer",), lost_signs=PRODUCER_LOST))
+    name = "collector"
+    members: tuple[str, ...] = (name,)
+    command = _python("-m", "fastreason.cli", "_process", "collector")
+    if session.only != "rollout":
+        name, members = "trainer", tuple(f"trainer-{rank}" for rank in range(config.train.ranks))
+        command = trainer_command(config, Path(session.folder))
+        if session.device == "cuda" and config.train.gpus:
+            gpus = parse_cores(config.train.gpus, "train.gpus")
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    cores = parse_cores(config.train.cores, "train.cores") if config.train.cores else None
+    parts.append(Part(name, partial(spawn, name, command, _log(session, name), environment, cores), members=members))
+    return parts
+
+
+def _engine_server(config: Config, session: Session) -> tuple["EngineServer", dict[str, str]]:
+    """The server of the configured engine, not yet started, and the environment that holds its key."""
+    from fastreason.rollout.server import new_key
     from fastreason.rollout.vllm_middleware import KEY_VARIABLE
 
-    environment[KEY_VARIABLE] = key = new_key()
-    server = VllmServer(
-        config.rollout,
-        str(model_dir),
-        _log(run_dir, "engine"),
-        dtype=config.model.dtype,
-        max_model_len=length,
-        seed=config.run.seed,
-        device=decisions.device,
-        exchange_dir=str(exchange),
+    if config.rollout.engine == "vllm":
+        from fastreason.rollout.vllm import make_server
+    else:
+        from fastreason.rollout.fake_server import make_server
+    key = new_key()
+    server = make_server(
+        config,
+        session.model_dir,
+        _log(session, "engine"),
+        max_model_len=max_model_len(config, read_model_config(Path(session.model_dir))),
+        device=session.device,
+        exchange_dir=session.exchange_dir,
         key=key,
     )
-    children.append(server.start())
-    return server
+    return server, {KEY_VARIABLE: key}
 
 
 def trainer_command(config: Config, folder: Path) -> list[str]:
@@ -232,111 +253,41 @@ def trainer_command(config: Config, folder: Path) -> list[str]:
     )
 
 
-def _watch(config: Config, session: Session, trainer: Child, children: list[Child], request: StopRequest) -> Outcome:
-    """Wait for the trainer; raises when a process dies before it, or when it does not stop in time."""
-    asked_at, looked_at = None, 0.0
-    while trainer.exit_code is None:
-        time.sleep(0.1)
-        if time.monotonic() - looked_at > LOOK_S:
-            looked_at = time.monotonic()
-            for child in children:
-                child.note_shared_memory()
-        if request.number is not None and asked_at is None:
-            asked_at = time.monotonic()
-            session.stop_file.touch()
-            print("stopping: saving a checkpoint first; once more to stop now", file=sys.stderr)
-        if request.urgent:
-            return Outcome(finished=False)
-        if asked_at is not None and time.monotonic() - asked_at > config.run.timeout_s:
-            raise StuckError(
-                f"the trainer did not stop within run.timeout_s={config.run.timeout_s:g} s of being asked; it was ended."
-            )
-        for child in children:
-            if child is not trainer and child.exit_code is not None and asked_at is None:
-                _explain_death(session, child, trainer)
-    outcomes = [read_outcome(session.folder, f"trainer-{rank}") for rank in range(config.train.ranks)]
-    if asked_at is not None and outcomes[0] is not None and not outcomes[0].error:
-        return outcomes[0]  # ranks that lost their peer at its end are no failure then
-    errors = [outcome for outcome in outcomes if outcome is not None and outcome.error]
-    if errors:
-        _explain_peer(session, errors, children, trainer)
-        first = next((e for e in errors if not e.expected), errors[0])
-        _raise_outcome(first, trainer)
-    if outcomes[0] is None:
-        raise FastreasonError(
-            f"the trainer ended with exit code {trainer.exit_code} and said nothing"
-            f"{_memory_hint(trainer.exit_code)}; the end of its log:\n{tail(trainer.log_path)}\nfull log: {trainer.log_path}"
-        )
-    return outcomes[0]
+def sweep_segments(parent: Path) -> None:
+    """Remove the shared memory of runs whose launcher was killed, as their session folders under `parent` list it."""
+    from fastreason.exchange import ExchangeFolder
+
+    for lock in parent.glob(f"{ExchangeFolder.PREFIX}*/{ExchangeFolder.LOCK}"):
+        with contextlib.suppress(OSError), open(lock, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            listed = lock.with_name(SEGMENTS)
+            if listed.stat().st_uid == os.getuid():
+                remove_segments(map(Path, listed.read_text().splitlines()))
 
 
-def _explain_death(session: Session, child: Child, trainer: Child) -> None:
-    """Raise for a process that ended before the trainer, unless the trainer is at its end too."""
-    with contextlib.suppress(Exception):
-        trainer.process.wait(timeout=3.0)
-        return
-    _raise_end(session, child)
+def _resume_hint(run_dir: Path) -> str:
+    from fastreason.checkpoint import CheckpointStore
+
+    found = CheckpointStore(run_dir, keep_last=1, keep_best=False).complete()
+    return f"\ncontinue from {found[-1].name} with: fastreason train --resume {run_dir}" if found else ""
 
 
-def _raise_end(session: Session, child: Child) -> None:
-    """Raise for a process that ended too early: its own last words, or the end of its log."""
-    outcome = read_outcome(session.folder, child.name)
-    if outcome is not None and outcome.error:
-        _raise_outcome(outcome, child)
-    if child.name == ENGINE:
-        _raise_engine(child)
-    raise FastreasonError(
-        f"the {child.name} ended with exit code {child.exit_code}{_memory_hint(child.exit_code)}; the end of its log:\n"
-        f"{tail(child.log_path)}\nfull log: {child.log_path}"
-    )
-
-
-def _explain_peer(session: Session, errors: list[Outcome], children: list[Child], trainer: Child) -> None:
-    """Raise the end of the engine or the producer where the trainer's error was only that it lost them."""
-    said = " ".join(str(outcome.error) for outcome in errors)
-    signs = {ENGINE: (ENGINE,), "producer": ("the producer closed its connection", "the producer ended while")}
-    for child in children:
-        if child is not trainer and any(sign in said for sign in signs[child.name]):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if child.process.wait(timeout=5.0):
-                    _raise_end(session, child)
-
-
-def _raise_engine(child: Child) -> None:
-    from fastreason.rollout.vllm import explain_log
-
-    raise EngineError(
-        f"the {ENGINE} ended with exit code {child.exit_code}{_memory_hint(child.exit_code)}; {explain_log(child.log_path)}"
-    )
-
-
-def _raise_outcome(outcome: Outcome, child: Child) -> Any:
-    if outcome.expected:
-        raise FastreasonError(str(outcome.error))
-    raise FastreasonError(
-        f"the {child.name} failed: {outcome.error}; the end of its log:\n{tail(child.log_path)}\nfull log: {child.log_path}"
-    )
-
-
-def _memory_hint(code: int | None) -> str:
-    return " (killed: most likely the machine ran out of memory)" if code in (-9, 137) else ""
-
-
-def _finish(config: Config, run_dir: Path, wall_s: float, peak_gib: float, resumed: bool) -> None:
-    """Complete the summary, draw the curve, print the table."""
-    import msgspec
-
+def _finish(config: Config, run_dir: Path, figures: dict[str, Any]) -> None:
+    """Complete the summary with the launcher's figures, merge the trace, draw the curve, print the table."""
     from fastreason.display import final_table
     from fastreason.types import EvalResult
 
+    files: dict[str, str | Path] = {"run folder": run_dir}
+    if config.log.trace:
+        from fastreason.trace import merge_trace
+
+        if (trace := merge_trace(run_dir)) is not None:
+            files["timeline"] = trace
     summary = read_summary(run_dir)
     if not summary:
         return
-    summary["wall_s"] = wall_s
-    summary["peak_memory_gib"] = peak_gib
-    summary["resumed"] = resumed
+    summary |= figures
     write_summary(run_dir / "summary.json", summary)
-    files: dict[str, str | Path] = {"run folder": run_dir}
     if summary["steps"]:
         from fastreason.report.reward_curve import draw_reward_curve
 
@@ -355,5 +306,5 @@ def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def _log(run_dir: Path, name: str) -> Path:
-    return run_dir / "logs" / f"{name}.log"
+def _log(session: Session, name: str) -> Path:
+    return Path(session.run_dir) / "logs" / f"{name}.log"

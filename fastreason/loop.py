@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from fastreason.algorithms import ResolvedAlgorithm
-from fastreason.checkpoint import CheckpointStore, TrainerState
+from fastreason.checkpoint import CheckpointStore, TrainerState, read_producer_state
 from fastreason.config import Config
 from fastreason.errors import InterruptedWaitError
 from fastreason.figures import rollout_figures
@@ -24,6 +24,7 @@ from fastreason.metrics import MetricsLog, Progress, SampleLog
 from fastreason.packing import Layout
 from fastreason.ranks import Ranks
 from fastreason.sync import Publisher
+from fastreason.trace import Trace
 from fastreason.training import TrainingStep
 from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
 from fastreason.update.updater import Updater
@@ -35,22 +36,21 @@ class Delivery(Protocol):
     groups: list[Group]
     generate_s: float
     grade_s: float
-    num_grader_timeouts: int
-    num_long_prompts: int
+    figures: dict[str, float]
 
 
 class Rollouts(Protocol):
     """The producer as the loop sees it."""
 
-    def start(self, version: int, trained: int, state: dict[str, Any] | None) -> None: ...
+    def start(self, version: int, trained: int, state: bytes | None) -> None: ...
 
     def next_batch(self) -> Delivery: ...
 
-    def publish(self, update: WeightUpdate) -> LoadReport: ...
+    def publish(self, update: WeightUpdate, trained: int) -> LoadReport: ...
 
     def evaluate(self, name: str) -> EvalResult: ...
 
-    def save_state(self, trained: int) -> dict[str, Any]: ...
+    def save_state(self, trained: int, settle: bool) -> bytes: ...
 
 
 class Order(msgspec.Struct):
@@ -90,6 +90,7 @@ class Parts:
     metrics: MetricsLog | None = None
     samples: SampleLog | None = None
     progress: Progress | None = None
+    trace: Trace = field(default_factory=lambda: Trace(None, "trainer"))
 
 
 class Loop:
@@ -126,7 +127,8 @@ class Loop:
             folder, saved = parts.resume_from
             parts.updater.load(folder / "updater")
             self.step, self.version, self.num_groups = saved.step, saved.version, saved.num_groups
-            self.saved_step, self.score, state = saved.step, saved.score, saved.producer
+            self.saved_step, self.score = saved.step, saved.score
+            state = read_producer_state(folder) if parts.rollouts is not None else None
             self.totals = Totals(**saved.figures)
             if self.version:
                 self._publish(self.version)
@@ -137,52 +139,46 @@ class Loop:
 
     def _one_step(self) -> bool:
         """Train on one batch and publish; False when told to stop instead."""
-        started = time.perf_counter()
-        groups, delivery = self._pull()
+        trace, started = self.parts.trace, time.perf_counter()
+        with trace.span("trainer", "pull", step=self.step + 1):
+            groups, delivery = self._pull()
         if groups is None:
             return False
         pulled = time.perf_counter()
         self._say("train", step=self.step + 1)
-        figures = self._training(groups)
-        self.totals.tokens_trained += int(figures["train/tokens"])
+        with trace.span("trainer", "train", step=self.step + 1):
+            figures = self._training(groups)
         trained = time.perf_counter()
         self.step += 1
         self.num_groups += len(groups)
-        staleness = rollout_figures(groups, self.version)
+        figures |= rollout_figures(groups, self.version, self.parts.config.rollout.max_staleness)
         self._say("publish", step=self.step)
         report = self._publish(self.version + 1)
         ended = time.perf_counter()
         self.totals.train_wall_s += ended - started
-        tokens = int(staleness["rollout/tokens"])
-        self.totals.tokens_generated += tokens
-        if parts_metrics := self.parts.metrics:
-            assert delivery is not None and report is not None
-            figures |= staleness | {
-                "time/step_s": ended - started,
-                "time/wait_s": pulled - started,
-                "time/train_s": trained - pulled,
-                "time/publish_s": ended - trained,
-                "time/pause_s": report.pause_s,
-                "time/generate_s": delivery.generate_s,
-                "time/grade_s": delivery.grade_s,
-                "time/wall_s": self.totals.train_wall_s,
-                "rollout/tok_per_s": tokens / max(1e-9, delivery.generate_s),
-                "train/tok_per_s": figures["train/tokens"] / max(1e-9, trained - pulled),
-                "reward/timeouts": float(delivery.num_grader_timeouts),
-                "rollout/long_prompts": float(delivery.num_long_prompts),
-                "memory/peak_gib": peak_memory_gib(),
-            }
-            if not self.totals.first_mismatch:
-                self.totals.first_mismatch = {k: v for k, v in figures.items() if k.startswith("mismatch/")}
-            if self.parts.samples is not None:
-                self.parts.samples.write(self.step, groups)
-            figures |= self._due_evaluation()
-            parts_metrics.write({"step": self.step, **figures})
-            if "eval/accuracy" in figures or not self.parts.config.eval.every:
-                self.score = figures.get("eval/accuracy", figures["reward/mean"])
+        self.totals.tokens_generated += int(figures["rollout/tokens"])
+        self.totals.tokens_trained += int(figures["train/tokens"])
+        if delivery is not None:
+            assert report is not None
+            seconds = {"step": ended - started, "wait": pulled - started, "train": trained - pulled}
+            seconds |= {"publish": ended - trained, "pause": report.pause_s, "wall": self.totals.train_wall_s}
+            self._write(groups, figures | step_figures(seconds, delivery, figures))
         if self._due(self.parts.config.checkpoint.every):
             self._save()
         return True
+
+    def _write(self, groups: list[Group], figures: dict[str, float]) -> None:
+        """Evaluate where it is due, and log the step."""
+        parts = self.parts
+        if not self.totals.first_mismatch:
+            self.totals.first_mismatch = {k: v for k, v in figures.items() if k.startswith("mismatch/")}
+        if parts.samples is not None:
+            parts.samples.write(self.step, groups)
+        figures |= self._due_evaluation()
+        if parts.metrics is not None:
+            parts.metrics.write({"step": self.step, **figures})
+        if "eval/accuracy" in figures or not parts.config.eval.every:
+            self.score = figures.get("eval/accuracy", figures["reward/mean"])
 
     def _pull(self) -> tuple[list[Group] | None, Delivery | None]:
         """The next batch on every rank, or None where the run was told to stop."""
@@ -201,11 +197,15 @@ class Loop:
         return (order.groups if order.action == "train" else None), delivery
 
     def _publish(self, version: int) -> LoadReport | None:
-        update = self.parts.publisher.write(self.parts.updater, version)
+        """New weights to the engines: gathered and written while they generate, loaded in a pause of theirs."""
+        parts = self.parts
+        with parts.trace.span("publication", "gather and write", version=version):
+            update = parts.publisher.write(parts.updater, version)
         self.version = version
-        if self.parts.rollouts is None or update is None:
+        if parts.rollouts is None or update is None:
             return None
-        return self.parts.rollouts.publish(update)
+        with parts.trace.span("publication", "load", version=version):
+            return parts.rollouts.publish(update, self.num_groups)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -222,7 +222,8 @@ class Loop:
         if self.parts.rollouts is None:
             return None
         try:
-            result = self.parts.rollouts.evaluate(name)
+            with self.parts.trace.span("trainer", f"evaluate {name}"):
+                result = self.parts.rollouts.evaluate(name)
         except InterruptedWaitError:
             return None  # told to stop: the next look at the stop flag ends the run
         self.totals.evals[name] = msgspec.to_builtins(result)
@@ -233,6 +234,12 @@ class Loop:
         if self.step == self.saved_step:
             return
         self._say("checkpoint", step=self.step)
+        with parts.trace.span("trainer", "save", step=self.step):
+            self._save_parts()
+        self.saved_step = self.step
+
+    def _save_parts(self) -> None:
+        parts = self.parts
         if parts.ranks.is_first:
             parts.checkpoints.aside(self.step)
         parts.ranks.barrier()
@@ -244,15 +251,29 @@ class Loop:
                 version=self.version,
                 num_groups=self.num_groups,
                 score=self.score,
-                producer=parts.rollouts.save_state(self.num_groups),
                 figures=vars(self.totals),
             )
-            parts.checkpoints.commit(state)
-        self.saved_step = self.step
+            # Told to stop, it does not wait for what is still being generated: those prompts are asked again.
+            producer = parts.rollouts.save_state(self.num_groups, settle=not parts.stop_requested())
+            parts.checkpoints.commit(state, producer)
 
     def _say(self, phase: str, detail: str = "", step: int | None = None) -> None:
         if self.parts.progress is not None:
             self.parts.progress.update(phase, detail, step=step)
+
+
+def step_figures(seconds: dict[str, float], delivery: Delivery, figures: dict[str, float]) -> dict[str, float]:
+    """The seconds and rates of a step, and what the producer counted."""
+    return {
+        **{f"time/{name}_s": value for name, value in seconds.items()},
+        "time/generate_s": delivery.generate_s,
+        "time/grade_s": delivery.grade_s,
+        # Replayed groups took no time.
+        "rollout/tok_per_s": figures["rollout/tokens"] / delivery.generate_s if delivery.generate_s else 0.0,
+        "train/tok_per_s": figures["train/tokens"] / max(1e-9, seconds["train"]),
+        **delivery.figures,
+        "memory/peak_gib": peak_memory_gib(),
+    }
 
 
 def peak_memory_gib() -> float:

@@ -25,7 +25,8 @@ Layout = Literal["padded", "packed", "shared"]
 class Row:
     """One sequence: the token ids of a prompt and of a response to it.
 
-    `advantage` is per sequence; `token_weight` multiplies each response token's loss (1, or 1 / num_response).
+    `advantage` is per sequence; `token_weight` multiplies each response token's loss (1, or 1 / num_response; 0 for a
+    row that only counts in the denominator).
     """
 
     prompt: list[int]
@@ -70,13 +71,23 @@ class MicroBatch:
         return MicroBatch(**{**vars(self), **moved})
 
 
-def rows_of(groups: Sequence[Group], advantages_PG: Tensor, aggregation: str) -> list[Row]:
-    """The rows of a batch of groups in order; responses without a token make no row."""
+def rows_of(
+    groups: Sequence[Group],
+    advantages_PG: Tensor,
+    aggregation: str,
+    *,
+    weight: float = 1.0,
+    with_truncated: bool = True,
+) -> list[Row]:
+    """The rows of a batch of groups in order, `weight` times their token weights; responses without a token make no row.
+
+    with_truncated: False leaves out the responses that were cut off too.
+    """
     rows = []
     for group, advantages in zip(groups, advantages_PG.tolist(), strict=True):
         for sample, advantage in zip(group.samples, advantages, strict=True):
             length = len(sample.token_ids)
-            if length == 0:
+            if length == 0 or (sample.truncated and not with_truncated):
                 continue
             rows.append(
                 Row(
@@ -84,7 +95,7 @@ def rows_of(groups: Sequence[Group], advantages_PG: Tensor, aggregation: str) ->
                     response=sample.token_ids,
                     sampler_logp=sample.sampler_logp,
                     advantage=advantage,
-                    token_weight=1.0 / length if aggregation == "sequence_mean" else 1.0,
+                    token_weight=weight / length if aggregation == "sequence_mean" else weight,
                 )
             )
     return rows

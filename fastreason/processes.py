@@ -6,67 +6,83 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 PR_SET_PDEATHSIG = 1
+SHARED_MEMORY = Path("/dev/shm")
+SEGMENT_NAMES = ("psm_", "sem.mp-")
 _libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends; where that cannot be asked for, do nothing."""
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask Linux to signal this process when its parent ends; where that cannot be asked for, do nothing."""
     if _libc is not None and hasattr(_libc, "prctl"):
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _libc.prctl(PR_SET_PDEATHSIG, number)
 
 
 @dataclass
 class Child:
-    """A started process with the name that messages use and the file that has its output."""
+    """A started process with the name that messages use and the file that has its output, from `log_start` on."""
 
     name: str
     process: subprocess.Popen[bytes]
     log_path: Path
+    log_start: int = 0
+    family: set[psutil.Process] = field(default_factory=set)
     segments: set[Path] = field(default_factory=set)
 
     @property
     def exit_code(self) -> int | None:
         return self.process.poll()
 
-    def note_shared_memory(self) -> None:
-        """Remember the shared memory in use, so that `stop` can remove what processes that were killed left there."""
-        pids = [self.process.pid, *(process.pid for process in _family(self.process.pid))]
-        self.segments |= _shared_memory(pids)
+    def note_family(self) -> None:
+        """Remember its processes and the shared memory in use, so that `stop` finds both where it is killed meanwhile."""
+        self.family = {process for process in self.family if process.is_running()} | set(_family(self.process.pid))
+        self.segments |= _shared_memory([self.process.pid, *(process.pid for process in self.family)])
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End the process and everything it started: SIGTERM, then after `grace_s` SIGKILL."""
-        family = _family(self.process.pid)
-        self.note_shared_memory()
-        _signal_group(self.process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + grace_s
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=grace_s)
-        psutil.wait_procs(family, timeout=max(0.0, min(2.0, deadline - time.monotonic())))
+        """End the process and everything it started: SIGTERM, then after `grace_s` SIGKILL; with 0 SIGKILL alone."""
+        self.note_family()
+        if grace_s:
+            _signal_group(self.process.pid, signal.SIGTERM)
+            _signal_group(self.process.pid, signal.SIGCONT)  # what is stopped ends only when it goes on
+            deadline = time.monotonic() + grace_s
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=grace_s)
+            psutil.wait_procs(self.family, timeout=max(0.0, min(2.0, deadline - time.monotonic())))
         _signal_group(self.process.pid, signal.SIGKILL)
-        for process in family:
+        for process in self.family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        psutil.wait_procs(family, timeout=2.0)
-        for segment in self.segments:
-            segment.unlink(missing_ok=True)
+        psutil.wait_procs(self.family, timeout=2.0)
+        remove_segments(self.segments)
 
 
-def spawn(name: str, command: list[str], log_path: Path, environment: dict[str, str]) -> Child:
+def spawn(
+    name: str, command: list[str], log_path: Path, environment: dict[str, str], cores: list[int] | None = None
+) -> Child:
     """Start `command` in its own session with its output in `log_path`; `environment` is added to ours.
+
+    It and all that it starts run on `cores` only, where those are given and the system can be asked for that.
 
     PYTHONSAFEPATH keeps the working folder off the child's sys.path: in a checkout, the folder `kernels` there would
     shadow the Hugging Face package of that name.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     merged = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **environment}
+
+    def prepare() -> None:
+        die_with_parent()
+        if cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)
+
     with open(log_path, "ab") as log:
+        log_start = log.tell()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -74,9 +90,9 @@ def spawn(name: str, command: list[str], log_path: Path, environment: dict[str, 
             stderr=subprocess.STDOUT,
             env=merged,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=prepare,
         )
-    return Child(name, process, log_path)
+    return Child(name, process, log_path, log_start)
 
 
 def tail(log_path: Path, num_lines: int = 25) -> str:
@@ -85,6 +101,13 @@ def tail(log_path: Path, num_lines: int = 25) -> str:
         return "  (no log)"
     lines = log_path.read_text(errors="replace").splitlines()[-num_lines:]
     return "\n".join(f"  | {line[:300]}" for line in lines) or "  (the log is empty)"
+
+
+def remove_segments(paths: Iterable[Path]) -> None:
+    """Remove shared memory of Python's multiprocessing, and nothing else that may be named."""
+    for path in paths:
+        if path.parent == SHARED_MEMORY and path.name.startswith(SEGMENT_NAMES):
+            path.unlink(missing_ok=True)
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -100,9 +123,9 @@ def _shared_memory(pids: list[int]) -> set[Path]:
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                path = line.partition("/dev/shm/")[2]
-                if path.startswith(("psm_", "sem.mp-")) and "/" not in path and not path.endswith("(deleted)"):
-                    found.add(Path("/dev/shm") / path)
+                name = line.partition(f"{SHARED_MEMORY}/")[2]
+                if name.startswith(SEGMENT_NAMES) and "/" not in name and not name.endswith("(deleted)"):
+                    found.add(SHARED_MEMORY / name)
     return found
 
 

@@ -1,5 +1,7 @@
 """The trainer's ranks talking to each other: bytes from rank 0 to all, and sums and maxima over all. No pickle."""
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -46,3 +48,15 @@ class Ranks:
     def barrier(self) -> None:
         if self.num > 1:
             dist.barrier()
+
+
+def explain_timeout(error: BaseException) -> str | None:
+    """In words, where `error` is a collective that waited too long for another rank; else None."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not any(sign in text for sign in ("imed out", "Timeout(ms)")):
+        return None
+    rank = os.environ.get("RANK", "0")
+    return (
+        f"trainer rank {rank} waited too long for another rank in a collective ({text.splitlines()[0][:200]}). See "
+        "logs/trainer.log for a rank that stopped or fell behind; raise run.timeout_s if a step really takes that long."
+    )

@@ -1,7 +1,8 @@
 """What the launcher hands to the processes of a run: one small file in a folder that only this user can enter.
 
-The folder also holds the producer's socket, the file whose existence asks the run to stop, and what each process says
-at its end. The engine's key is not here: it goes through the environment.
+The folder also holds the producer's socket and its spool, the files whose existence asks the run to stop, says that the
+engine has answered, or asks for a restart, and what each process says at its end. The engine's key is not here: it goes
+through the environment.
 """
 
 import os
@@ -12,6 +13,7 @@ from types import FrameType
 import msgspec
 
 SESSION_VARIABLE = "FASTREASON_SESSION"
+SEGMENTS = "segments"
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +28,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     attention: str
     liger: bool
     resume: bool
+    only: str | None = None  # "rollout" | "train": one phase alone
+    groups_dir: str | None = None  # only="train": the written groups
 
     @property
     def socket_path(self) -> str:
@@ -34,6 +38,21 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def stop_file(self) -> Path:
         return Path(self.folder) / "stop"
+
+    @property
+    def ready_file(self) -> Path:
+        """Touched by the producer once its engine has answered: before, a death is a failed start."""
+        return Path(self.folder) / "ready"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Where the producer keeps what it would lose by dying."""
+        return Path(self.folder) / "spool"
+
+    @property
+    def segments_file(self) -> Path:
+        """Where the launcher lists the run's shared memory, for whoever cleans up after a launcher that was killed."""
+        return Path(self.folder) / SEGMENTS
 
     def write(self) -> Path:
         path = Path(self.folder) / "session.json"
@@ -57,10 +76,7 @@ def read_session() -> Session:
 
 def write_outcome(session: Session, name: str, outcome: Outcome) -> None:
     """Leave the end of process `name` for the launcher."""
-    path = Path(session.folder) / f"outcome-{name}.json"
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_bytes(msgspec.json.encode(outcome))
-    os.replace(aside, path)
+    _replace(Path(session.folder) / f"outcome-{name}.json", msgspec.json.encode(outcome))
 
 
 def read_outcome(folder: str | Path, name: str) -> Outcome | None:
@@ -68,6 +84,28 @@ def read_outcome(folder: str | Path, name: str) -> Outcome | None:
         return msgspec.json.decode((Path(folder) / f"outcome-{name}.json").read_bytes(), type=Outcome)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def request_restart(folder: str | Path, name: str, reason: str) -> None:
+    """Ask the launcher to end process `name` ("engine") and start it again; `reason` is what the user is told."""
+    _replace(Path(folder) / f"restart-{name}", reason.encode())
+
+
+def take_restart_request(folder: str | Path, name: str) -> str | None:
+    """The reason of a request to restart `name`, which is thereby answered; None where there is none."""
+    path = Path(folder) / f"restart-{name}"
+    try:
+        reason = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    path.unlink(missing_ok=True)
+    return reason
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    os.replace(aside, path)
 
 
 class StopFlag:

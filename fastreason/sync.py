@@ -1,16 +1,27 @@
-"""Publication of weights: from the updater's parameters to an exchange file that every engine loads and verifies."""
+"""Publication of weights: from the updater's parameters to what every engine loads and verifies.
 
-from collections.abc import Iterator
+`Publisher` writes an exchange file. The two ways between GPUs, `HandlePublisher` (CUDA IPC) and `BroadcastPublisher`
+(NCCL), follow vLLM 0.28's weight transfer and have not run on a GPU yet; their plumbing is tested with stand-ins.
+"""
+
+import base64
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
-from fastreason.exchange import write_weights
+from fastreason.exchange import Digest, SumDigest, write_weights
+from fastreason.transport import Manifest, TransferRequest
 from fastreason.types import WeightUpdate
 
 KEPT_FILES = 2  # the one that an engine may be reading, and the newest
+LOOK_S = 0.05  # between two looks for a request of an engine's client
 
 
 class WeightSource(Protocol):
@@ -27,9 +38,11 @@ class Publisher:
         self._written: list[Path] = []
 
     def write(self, source: WeightSource, version: int) -> WeightUpdate | None:
-        """Gather (on all ranks) and write (on rank 0); returns the update on rank 0, None elsewhere."""
-        tensors = {name: tensor.to(self._dtype) for name, tensor in source.weights()}
+        """Gather (on all ranks) and write (on rank 0), piece by piece; returns the update on rank 0, None elsewhere."""
+        tensors = ((name, tensor.to(self._dtype)) for name, tensor in source.weights())
         if source.rank != 0:
+            for _ in tensors:
+                pass
             return None
         path = self._folder / f"weights-{version:06d}.safetensors"
         digest = write_weights(path, tensors)
@@ -37,6 +50,108 @@ class Publisher:
         while len(self._written) > KEPT_FILES:
             self._written.pop(0).unlink(missing_ok=True)
         return WeightUpdate(path=str(path), version=version, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
+
+
+class StagedPublisher:
+    """Keeps one copy of the weights on the trainer's GPU, from which engines take them as often as they are restarted.
+
+    A subclass says in `_offer` what vLLM needs to take it. An engine must not take weights while the next version is being
+    written; one that is restarted in that very moment finds a wrong checksum, which ends the run.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder, self._dtype, self._device = folder, dtype, device
+        self._staged: dict[str, Tensor] = {}
+        self._offered: dict[str, Any] | None = None
+
+    def write(self, source: WeightSource, version: int) -> WeightUpdate | None:
+        """Gather (on all ranks) into the staged copy (on rank 0); returns the update on rank 0, None elsewhere."""
+        digest: Digest = SumDigest()
+        for name, tensor in source.weights():
+            if source.rank == 0:
+                if name not in self._staged:
+                    self._staged[name] = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
+                self._staged[name].copy_(tensor)
+                digest.add(name, self._staged[name])
+        if source.rank != 0:
+            return None
+        if self._offered is None:
+            self._offered = self._offer(self._staged)
+        path = self._folder / f"weights-{version:06d}.manifest"
+        tensors = self._staged.values()
+        Manifest(
+            names=list(self._staged),
+            dtype_names=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+            shapes=[list(tensor.shape) for tensor in tensors],
+            offer=self._offered,
+        ).write(path)
+        return WeightUpdate(path=str(path), version=version, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
+
+    def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class HandlePublisher(StagedPublisher):
+    """CUDA IPC: the engine, on the same GPU, opens the staged copy by its handles."""
+
+    def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        uuid = str(torch.cuda.get_device_properties(self._device).uuid)
+        # Exported once: a second export of the same memory would be counted beside the first for ever.
+        handles = [{uuid: reduce_tensor(tensor)[1]} for tensor in staged.values()]
+        return {"ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode()}
+
+
+class BroadcastPublisher(StagedPublisher):
+    """NCCL: a thread joins the groups that engines' clients ask for, and sends the staged copy whenever they ask.
+
+    They ask by files in the exchange folder. `open_group(port, world_size)` is vLLM's trainer side of the rendezvous.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, open_group: Callable[[int, int], Any]
+    ) -> None:
+        super().__init__(folder, dtype, device)
+        self._open_group, self._group = open_group, None
+
+    def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]:
+        threading.Thread(target=self._serve, name="weight broadcast", daemon=True).start()
+        return {}
+
+    def _serve(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        while True:
+            for file in sorted(self._folder.glob("transfer-*.json")):
+                request = msgspec.json.decode(file.read_bytes(), type=TransferRequest)
+                file.unlink()
+                self._answer(request)
+            time.sleep(LOOK_S)
+
+    def _answer(self, request: TransferRequest) -> None:
+        if request.what == "join":
+            self._group = self._open_group(request.port, request.world_size)
+            return
+        assert self._group is not None, "an engine asked for weights before it had joined"
+        for tensor in self._staged.values():
+            self._group.broadcast(tensor, src=0)
+
+
+def make_publisher(
+    transport: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    open_group: Callable[[int, int], Any] | None = None,
+) -> "Publisher | StagedPublisher":
+    """The publisher of `rollout.transport`; `open_group` is needed for nccl."""
+    if transport == "ipc":
+        return HandlePublisher(folder, dtype, device)
+    if transport == "nccl":
+        assert open_group is not None
+        return BroadcastPublisher(folder, dtype, device, open_group)
+    return Publisher(folder, dtype)
 
 
 def save_model(source: WeightSource, model_dir: Path, target: Path, dtype: torch.dtype) -> None:

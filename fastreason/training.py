@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from fastreason.advantages import rewards_tensor
 from fastreason.algorithms import ResolvedAlgorithm
 from fastreason.config import Config, updates_prompts
 from fastreason.figures import TokenTotals
+from fastreason.filtering import overshoot, verdict
 from fastreason.packing import (
     Layout,
     MicroBatch,
@@ -24,6 +28,14 @@ from fastreason.update.updater import Updater, UpdateResult
 
 
 @dataclass(frozen=True)
+class Plan:
+    """One update: the rows that its denominator counts, and this rank's micro-batches of those that are computed."""
+
+    rows: list[Row]
+    batches: list[MicroBatch]
+
+
+@dataclass(frozen=True)
 class TrainingStep:
     """Called on every rank with the same groups; what makes algorithms differ is in `algorithm`."""
 
@@ -36,53 +48,101 @@ class TrainingStep:
 
     def __call__(self, groups: list[Group]) -> dict[str, float]:
         """All optimizer updates of one batch; returns the step's loss figures."""
-        config = self.config
-        advantages_PG = self.algorithm.advantage(rewards_tensor(groups))
-        size = updates_prompts(config)
-        plans = []
-        for first in range(0, len(groups), size):
-            rows = rows_of(
-                groups[first : first + size], advantages_PG[first : first + size], self.algorithm.aggregation
-            )
-            plans.append((rows, self.micro_batches(rows)))
-        if self.algorithm.ratio_against == "sampler":
-            for batch in (b for _, batches in plans for b in batches):
-                batch.behaviour_logp_N = batch.sampler_logp_N
-        elif len(plans) > 1:
-            # Before the first update; with a single one the ratio is 1 and needs nothing.
-            for _, batches in plans:
-                for batch, logp_N in zip(
-                    batches, self.updater.logprobs(batches, config.rollout.temperature), strict=True
-                ):
-                    batch.behaviour_logp_N = logp_N
-        totals, results = TokenTotals(), []
-        for number, (rows, batches) in enumerate(plans):
-            result = self.updater.update(
-                batches, self.algorithm.spec, config.rollout.temperature, self._denominator(rows)
-            )
-            for batch, output in zip(batches, result.outputs, strict=True):
-                totals.add(batch, output, first_update=number == 0)
+        plans = self._plans(groups)
+        self._set_behaviour(plans)
+        totals, results = TokenTotals(self.algorithm.spec), []
+        temperature = self.config.rollout.temperature
+        for plan in plans:
+            if not plan.batches:  # on every rank alike
+                results.append(self.updater.skip())
+                continue
+            first = all(result.empty for result in results)
+            denominator = self._denominator(plan.rows)
+            result = self.updater.update(plan.batches, self.algorithm.spec, temperature, denominator)
+            for batch, output in zip(plan.batches, result.outputs, strict=True):
+                totals.add(batch, output, first_update=first)
             results.append(result)
-        num_tokens = sum(len(row) for rows, _ in plans for row in rows)
-        computed = sum(self.ranks.sum([float(sum(batch.num_tokens for _, batches in plans for batch in batches))]))
         sums, maxima = totals.packed()
-        figures = TokenTotals.figures(self.ranks.sum(sums), self.ranks.max(maxima))
+        mine = sum(batch.num_tokens for plan in plans for batch in plan.batches)
+        (computed,) = self.ranks.sum([float(mine)])
         return (
-            figures
+            TokenTotals.figures(self.ranks.sum(sums), self.ranks.max(maxima))
             | update_figures(results)
+            | self._left_out(groups)
             | {
-                "train/tokens": float(num_tokens),
+                "train/tokens": float(sum(len(row) for plan in plans for row in plan.rows)),
                 "train/tokens_computed": computed,
             }
         )
+
+    def _plans(self, groups: list[Group]) -> list[Plan]:
+        """The updates of a batch, in order."""
+        advantages_PG = self.algorithm.advantage(self._rewards(groups))
+        size = updates_prompts(self.config)
+        plans = []
+        for first in range(0, len(groups), size):
+            rows = self._rows(groups[first : first + size], advantages_PG[first : first + size])
+            plans.append(Plan(rows, self.micro_batches(rows)))
+        return plans
+
+    def _rewards(self, groups: list[Group]) -> Tensor:
+        """[P, G] rewards that the advantages are made of: where the algorithm says so, less a penalty on overlong responses."""
+        algorithm, rewards_PG = self.algorithm, rewards_tensor(groups)
+        if algorithm.truncated != "penalise":
+            return rewards_PG
+        limit, buffer = self.config.rollout.max_new_tokens, algorithm.truncation_buffer
+        overshoot_PG = torch.tensor([[overshoot(sample, limit, buffer) for sample in g.samples] for g in groups])
+        return rewards_PG - algorithm.truncation_penalty * overshoot_PG
+
+    def _rows(self, groups: list[Group], advantages_PG: Tensor) -> list[Row]:
+        """The rows that an update counts: without masked responses; of filtered groups none, or with weight 0."""
+        algorithm = self.algorithm
+        rows: list[Row] = []
+        for number, group in enumerate(groups):
+            filtered = verdict(group, algorithm.filter) is not None
+            # A batch that was refilled has no such groups; those of a batch from elsewhere are not trained on either.
+            if filtered and algorithm.filtered != "zero":
+                continue
+            rows += rows_of(
+                [group],
+                advantages_PG[number : number + 1],
+                algorithm.aggregation,
+                weight=0.0 if filtered else 1.0,
+                with_truncated=algorithm.truncated != "mask",
+            )
+        return rows
+
+    def _left_out(self, groups: list[Group]) -> dict[str, float]:
+        algorithm = self.algorithm
+        masked = [s.truncated and len(s.token_ids) > 0 for group in groups for s in group.samples]
+        return {
+            "train/masked_rows": float(sum(masked)) if algorithm.truncated == "mask" else 0.0,
+            "train/filtered_groups": float(sum(verdict(group, algorithm.filter) is not None for group in groups)),
+        }
+
+    def _set_behaviour(self, plans: list[Plan]) -> None:
+        """What the ratios divide by; the trainer's own log-probabilities are those of before the first update."""
+        algorithm = self.algorithm
+        if algorithm.ratio_against == "sampler":
+            for batch in (batch for plan in plans for batch in plan.batches):
+                batch.behaviour_logp_N = batch.sampler_logp_N
+        elif sum(bool(plan.batches) for plan in plans) > 1:  # with a single update the ratio is 1 and needs nothing
+            for plan in plans:
+                logp = self.updater.logprobs(plan.batches, algorithm.spec, self.config.rollout.temperature)
+                for batch, logp_N in zip(plan.batches, logp, strict=True):
+                    batch.behaviour_logp_N = logp_N
 
     def _denominator(self, rows: list[Row]) -> float:
         num_tokens = sum(row.num_response for row in rows)
         return loss_denominator(num_tokens, len(rows), self.config.rollout.max_new_tokens, self.algorithm.aggregation)
 
     def micro_batches(self, rows: list[Row]) -> list[MicroBatch]:
-        """This rank's micro-batches of an update; every rank makes equally many, as ZeRO's collectives need."""
+        """This rank's micro-batches of an update; every rank makes equally many, as ZeRO's collectives need.
+
+        None where no row has a weight.
+        """
         train = self.config.train
+        rows = [row for row in rows if row.token_weight]
         if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient:
             # The denominator counts them all the same. One row stays where none has a gradient.
             rows = [row for row in rows if row.advantage] or rows[:1]
@@ -103,11 +163,14 @@ class TrainingStep:
 
 
 def update_figures(results: list[UpdateResult]) -> dict[str, float]:
-    """Means over a step's updates; `train/skipped_updates` counts those whose gradient was not finite."""
+    """Means over a step's updates that had rows; `train/skipped_updates` counts gradients that were not finite."""
+    made = [result for result in results if not result.empty]
+    num = max(1, len(made))
     return {
-        "loss/policy": sum(r.loss for r in results) / len(results),
-        "train/grad_norm": sum(r.grad_norm for r in results) / len(results),
+        "loss/policy": sum(r.loss for r in made) / num,
+        "train/grad_norm": sum(r.grad_norm for r in made) / num,
         "train/lr": results[-1].lr,
         "train/updates": float(len(results)),
         "train/skipped_updates": float(sum(not r.applied for r in results)),
+        "train/empty_updates": float(len(results) - len(made)),
     }

@@ -5,7 +5,7 @@ Uses matplotlib's objects and its Agg canvas directly: no display is needed and 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,7 +88,7 @@ def _draw_reward(axes: Axes, steps: list[int], rewards: list[float]) -> None:
     label = f"mean of the last {window} steps"
     axes.plot(steps, running_mean(rewards, window), color=REWARD, linewidth=2.2, label=label)
     axes.set_ylabel("reward, accuracy", color=INK)
-    _quiet(axes)
+    quiet(axes)
 
 
 def _draw_evaluations(axes: Axes, points: list[tuple[int, float, float]]) -> None:
@@ -109,7 +109,7 @@ def _draw_evaluations(axes: Axes, points: list[tuple[int, float, float]]) -> Non
 
 def _draw_length_and_entropy(axes: Axes, rows: list[dict[str, Any]]) -> None:
     _draw_small(axes, column(rows, "rollout/response_tokens_mean"), LENGTH, "length (tokens)")
-    _quiet(axes)
+    quiet(axes)
     right = axes.twinx()
     _draw_small(right, column(rows, "loss/entropy"), ENTROPY, "entropy (nats)")
     for side in ("top", "left", "bottom"):
@@ -122,8 +122,9 @@ def _draw_small(axes: Axes, series: tuple[list[int], list[float]], color: str, l
     axes.tick_params(axis="y", colors=color)
 
 
-def _quiet(axes: Axes) -> None:
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+def quiet(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    """No frame above and at the right, and a pale grid behind everything."""
+    axes.grid(axis=grid, color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -9,6 +9,8 @@ In time: a group issued at version u has to be in the batch of version u + S at 
 or before at most (u + S - v) * B may be left behind: none at u = v - S, for which a batch waits. Without the other u,
 for S > 1, young groups that finish first could take so many places that the old ones no longer fit.
 
+`in_order` takes strictly the B groups with the lowest tickets, so that batches do not depend on who finished first.
+
 `accepted` counts the finished groups of the whole run, trained or not; a dropped group leaves it, so that its place can
 be filled again. A resumed run counts from the `trained` groups and the version that it starts with. Pure state: no
 clock, no I/O.
@@ -21,15 +23,24 @@ class Admission:
     """Counts groups by ticket; asserts the staleness bound on every batch that it gives out."""
 
     def __init__(
-        self, batch_size: int, max_staleness: int, total_groups: int, version: int = 0, trained: int = 0
+        self,
+        batch_size: int,
+        max_staleness: int,
+        total_groups: int,
+        version: int = 0,
+        trained: int = 0,
+        next_ticket: int | None = None,
+        offset: int | None = None,
+        in_order: bool = False,
     ) -> None:
         self._batch_size, self._max_staleness, self._total = batch_size, max_staleness, total_groups
         # 0 unless a resumed run has another batch size than before.
-        self._offset = trained - version * batch_size
+        self.offset = trained - version * batch_size if offset is None else offset
+        self._in_order = in_order
         self.version = version
         self.num_taken = trained
         self.num_dropped = 0
-        self.next_ticket = trained
+        self.next_ticket = trained if next_ticket is None else next_ticket
         self._running: dict[int, int] = {}  # ticket -> version at which it was issued
         self._finished: dict[int, Group] = {}
 
@@ -41,24 +52,40 @@ class Admission:
     def num_finished(self) -> int:
         return len(self._finished)
 
+    @property
+    def finished(self) -> list[Group]:
+        """The finished groups that no batch has taken, in the order of their tickets."""
+        return [self._finished[ticket] for ticket in sorted(self._finished)]
+
     def may_issue(self) -> bool:
         accepted = self.num_taken + self.num_finished
         if accepted + self.num_running >= self._total:
             return False
-        return accepted + self.num_running < (
-            self._offset + (self._max_staleness + self.version + 1) * self._batch_size
-        )
+        return accepted + self.num_running < (self.offset + (self._max_staleness + self.version + 1) * self._batch_size)
 
-    def issue(self) -> int:
-        """Take the next ticket; the group it names is running from now on."""
+    def issue(self, ticket: int | None = None) -> int:
+        """The next ticket, or one given out by an earlier process; the group it names is running from now on."""
         assert self.may_issue(), "issued a group that the staleness bound does not admit"
-        ticket = self.next_ticket
-        self.next_ticket += 1
+        if ticket is None:
+            ticket = self.next_ticket
+            self.next_ticket += 1
+        assert ticket < self.next_ticket and ticket not in self._running and ticket not in self._finished
         self._running[ticket] = self.version
         return ticket
 
     def issued_at(self, ticket: int) -> int:
         return self._running[ticket]
+
+    def restore(self, group: Group) -> bool:
+        """Take back a group that an earlier process finished; False where it is too old for this bound or does not fit."""
+        if self.version - group.oldest_version > self._max_staleness or not self.may_issue():
+            return False
+        self._finished[group.ticket] = group
+        return True
+
+    def is_settled(self) -> bool:
+        """Whether every running group was issued at the current version: nothing in flight is older."""
+        return all(issued >= self.version for issued in self._running.values())
 
     def finish(self, group: Group) -> None:
         del self._running[group.ticket]
@@ -77,8 +104,9 @@ class Admission:
 
     def take_batch(self) -> list[Group] | None:
         """The next batch, or None while it is not ready."""
-        tickets = sorted(self._finished)[: self._batch_size]
-        if len(tickets) < self._batch_size:
+        candidates = sorted({*self._finished, *self._running} if self._in_order else self._finished)
+        tickets = candidates[: self._batch_size]
+        if len(tickets) < self._batch_size or not all(ticket in self._finished for ticket in tickets):
             return None
         taken = set(tickets)
         left = [group.version_issued for ticket, group in self._finished.items() if ticket not in taken]

@@ -30,6 +30,9 @@ class Engine(Protocol):
         """Pause, load, verify, resume; requests in flight go on afterwards with the new weights."""
         ...
 
+    async def adopt(self, update: WeightUpdate | None) -> None:
+        """Take over from a producer that died: hold `update` (None: the weights of the start), whatever is held now."""
+
     async def close(self) -> None:
         """Release what the engine holds; may be called twice."""
 

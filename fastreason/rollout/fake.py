@@ -8,11 +8,20 @@ import asyncio
 import hashlib
 import math
 import random
+from typing import NamedTuple
 
 from fastreason.errors import EngineError
-from fastreason.exchange import Digest, read_weights
+from fastreason.exchange import digest_file
 from fastreason.rollout.engine import sample_seed
 from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdate
+
+
+class Draw(NamedTuple):
+    """A whole response: its tokens, their log-probabilities (nats), and why it ends."""
+
+    token_ids: list[int]
+    logp: list[float]
+    finish_reason: str
 
 
 class FakeEngine:
@@ -31,39 +40,51 @@ class FakeEngine:
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
         if self._delay_s:
             await asyncio.sleep(self._delay_s)
-        prompt = hashlib.blake2b(repr(prompt_token_ids).encode(), digest_size=8).hexdigest()
-        return [self._sample(f"{prompt}/{sample_seed(params.seed, i)}", params) for i in range(params.n)]
+        seeds = [sample_seed(params.seed, i) for i in range(params.n)]
+        draws = [self.draw(prompt_token_ids, seed, params.max_new_tokens) for seed in seeds]
+        return [
+            Completion(
+                token_ids=token_ids,
+                logp=logp,
+                finish_reason=finish_reason,
+                token_versions=[self.version] * len(token_ids),
+            )
+            for token_ids, logp, finish_reason in draws
+        ]
 
-    def _sample(self, key: str, params: SamplingParams) -> Completion:
-        rng = random.Random(key)
+    def draw(self, prompt_token_ids: list[int], seed: int | None, max_new_tokens: int) -> Draw:
+        """The response to a prompt: always the same for the same seed."""
+        prompt = hashlib.blake2b(repr(prompt_token_ids).encode(), digest_size=8).hexdigest()
+        rng = random.Random(f"{prompt}/{seed}")
         token_ids: list[int] = []
         logp: list[float] = []
-        finish_reason = "length"
-        while len(token_ids) < params.max_new_tokens:
+        while len(token_ids) < max_new_tokens:
             if rng.random() < 0.25:
-                token_ids.append(self._eos)
-                logp.append(math.log(0.25))
-                finish_reason = "stop"
-                break
+                return Draw([*token_ids, self._eos], [*logp, math.log(0.25)], "stop")
             token_ids.append(rng.choice(self._token_ids))
-            logp.append(math.log(0.75 / len(self._token_ids)))
-        return Completion(
-            token_ids=token_ids, logp=logp, finish_reason=finish_reason, token_versions=[self.version] * len(token_ids)
-        )
+            logp.append(self.token_logp)
+        return Draw(token_ids, logp, "length")
+
+    @property
+    def token_logp(self) -> float:
+        """The log-probability of each token of the set, nats."""
+        return math.log(0.75 / len(self._token_ids))
 
     async def score(self, token_ids: list[int]) -> list[float]:
-        return [math.log(0.75 / len(self._token_ids))] * (len(token_ids) - 1)
+        return [self.token_logp] * (len(token_ids) - 1)
 
     async def load_weights(self, update: WeightUpdate) -> LoadReport:
-        digest = Digest()
-        for _ in read_weights(update.path, digest):
-            pass
+        digest = digest_file(update.path)
         if digest.hexdigest() != update.checksum:
             raise EngineError(f"checksum of {update.path} is {digest.hexdigest()}, sent was {update.checksum}")
         self.version = update.version
         return LoadReport(
             version=update.version, checksum=digest.hexdigest(), num_tensors=digest.num_tensors, held_bytes=0
         )
+
+    async def adopt(self, update: WeightUpdate | None) -> None:
+        if update is not None:
+            await self.load_weights(update)
 
     async def close(self) -> None:
         return None

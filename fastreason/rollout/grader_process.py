@@ -6,6 +6,7 @@ Built-in rewards run under a memory limit; the deadline is the pool's business.
 
 import contextlib
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -39,7 +40,7 @@ class GraderReply(msgspec.Struct):
 
 def run_grader(descriptor: int, parent_pid: int) -> None:
     """The life of a grader process: load the rewards, say so, then grade until the pool's end of the socket closes."""
-    die_with_parent()
+    die_with_parent(signal.SIGKILL)  # a grader that somebody has stopped ends too
     if os.getppid() != parent_pid:
         return
     channel = Connection(descriptor)

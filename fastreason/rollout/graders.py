@@ -3,7 +3,9 @@
 A grader is a fresh Python process (started by command, not forked: no CUDA, no threads, no re-import of the caller's
 main module) that speaks MessagePack over a socket pair. It takes one message at a time, the texts of one prompt, and
 answers each text as it is done, so the deadline holds for each response. The pool's side is one thread per grader,
-which kills and replaces it at the deadline. Nothing is judged here: what a text is worth is in `fastreason.rewards`.
+which kills and replaces it at the deadline. The deadline counts time in which the grader could work: one that was stopped,
+or got no core, is replaced and its response graded again. Nothing is judged here: what a text is worth is in
+`fastreason.rewards`.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,6 +33,7 @@ import msgspec
 from fastreason.config import RewardConfig
 from fastreason.errors import RewardError
 from fastreason.rewards import REWARDS, resolve_rewards
+from fastreason.rollout.deadline import Deadline, FrozenError, LateError
 from fastreason.rollout.grader_process import GraderReply, GraderRequest
 from fastreason.types import Grade, Prompt
 
@@ -47,8 +51,8 @@ class _DiedError(Exception):
     """The grader's end of the socket closed."""
 
 
-class _DeadlineError(Exception):
-    """No answer within the deadline."""
+# How often a response is tried: a crash is most likely its own doing, a stopped grader is not.
+TRIES: dict[type[Exception], int] = {_DiedError: 2, FrozenError: 4}
 
 
 class _Grader:
@@ -87,7 +91,7 @@ class _Grader:
         try:
             self._send(self.config.model_dump_json().encode())
             reply = self.receive(START_TIMEOUT_S)
-        except (_DiedError, _DeadlineError) as error:
+        except (_DiedError, LateError, FrozenError) as error:
             self.stop()
             what = "ended" if isinstance(error, _DiedError) else f"was not ready after {START_TIMEOUT_S:g} s"
             raise RewardError(
@@ -102,12 +106,15 @@ class _Grader:
         self._send(msgspec.msgpack.encode(request))
 
     def receive(self, timeout_s: float) -> GraderReply:
-        """The next reply; raises `_DeadlineError` after `timeout_s` and `_DiedError` when the process is gone."""
-        if self._channel is None:
+        """The next reply; raises as its `Deadline` says where none comes, and `_DiedError` when the process is gone."""
+        if self._channel is None or self.process is None:
             raise _DiedError
+        deadline = Deadline(self.process.pid, timeout_s)
         try:
-            if not self._channel.poll(timeout_s):
-                raise _DeadlineError
+            while not self._channel.poll(deadline.next_look_s):
+                late = deadline.look()
+                if late is not None and not self._channel.poll(0):
+                    raise late
             return msgspec.msgpack.decode(self._channel.recv_bytes(), type=GraderReply)
         except (EOFError, OSError, msgspec.DecodeError) as error:
             raise _DiedError from error
@@ -149,7 +156,8 @@ class GraderPool:
     """Grader processes shared by all tasks of an asyncio loop: `async with GraderPool(config.reward) as pool`.
 
     `num_graded`, `num_timeouts` (responses killed at the deadline) and `num_deaths` (grader processes that died by
-    themselves) count since the start. The reward model is not asked here; see `fastreason.rollout.reward_model`.
+    themselves, or were stopped by somebody) count since the start. The reward model is not asked here; see
+    `fastreason.rollout.reward_model`.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -187,8 +195,9 @@ class GraderPool:
     async def grade(self, prompt: Prompt, texts: Sequence[str], truncated: Sequence[bool] | None = None) -> list[Grade]:
         """Grade the responses to one prompt, in their order; `truncated` marks those cut off at the token limit.
 
-        A response past `reward.deadline_s` is wrong and marked `timed_out`. One whose grader died is tried once more,
-        then wrong. Raises `RewardError` where a user function raises or returns something that is not finite.
+        A response past `reward.deadline_s` is wrong and marked `timed_out`. One whose grader died or was stopped is tried
+        again, at most TRIES times, then wrong. Raises `RewardError` where a user function raises or returns something that
+        is not finite.
         """
         cut_off = list(truncated) if truncated is not None else [False] * len(texts)
         if len(cut_off) != len(texts):
@@ -287,7 +296,7 @@ class GraderPool:
         """Grade in order on one grader, replacing it as often as needed; runs in a thread."""
         assert request.prompt is not None
         grades: list[Grade] = []
-        retried = -1
+        lost: Counter[tuple[int, type[Exception]]] = Counter()
         while len(grades) < len(request.texts):
             done = len(grades)
             try:
@@ -299,7 +308,7 @@ class GraderPool:
                     if reply.error is not None:
                         raise RewardError(reply.error)
                     grades.append(self.spec.combine(reply.parts))
-            except _DeadlineError:
+            except LateError:
                 grader.stop()
                 self._count("num_timeouts")
                 log.warning(
@@ -307,19 +316,20 @@ class GraderPool:
                     *(request.prompt.id, self.config.deadline_s, self.num_timeouts, request.texts[len(grades)][-80:]),
                 )
                 grades.append(self.spec.wrong(timed_out=True))
-            except _DiedError:
+            except (_DiedError, FrozenError) as error:
                 grader.stop()
                 if self._closed:
                     raise RewardError("the grader pool was closed while it graded") from None
                 self._count("num_deaths")
-                if retried == len(grades):
+                kind = type(error)
+                lost[len(grades), kind] += 1
+                if lost[len(grades), kind] == TRIES[kind]:
                     log.warning(
-                        "a response to %r killed its grader twice: wrong; it ends %r",
-                        *(request.prompt.id, request.texts[len(grades)][-80:]),
+                        "a response to %r %s its grader %d times: wrong; it ends %r",
+                        *(request.prompt.id, "killed" if kind is _DiedError else "froze", TRIES[kind]),
+                        request.texts[len(grades)][-80:],
                     )
                     grades.append(self.spec.wrong())
-                else:
-                    retried = len(grades)
         self._count("num_graded", len(grades))
         return grades
 
@@ -353,7 +363,7 @@ class GraderPool:
                 grader.start()
             grader.send(GraderRequest())
             return grader.receive(START_TIMEOUT_S).modules
-        except (_DiedError, _DeadlineError):
+        except (_DiedError, LateError, FrozenError):
             grader.stop()
             raise RewardError("a grader process does not answer; see stderr for its own message") from None
 

@@ -94,6 +94,10 @@ class HfEngine:
         ended = time.perf_counter()
         return LoadReport(**report, pause_s=ended - waited, load_s=ended - waited, total_s=ended - started)
 
+    async def adopt(self, update: WeightUpdate | None) -> None:
+        if update is not None:
+            await self.load_weights(update)
+
     @torch.no_grad()
     def _load(self, update: WeightUpdate) -> dict[str, Any]:
         digest = Digest()

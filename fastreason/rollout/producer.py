@@ -1,7 +1,8 @@
 """The producer: its own process without a GPU, which turns prompts into finished, graded groups for the trainer.
 
-It owns admission, the prompt cursor, the engine client and the graders, and answers the trainer's requests one
-connection at a time. What it refuses to do: anything with gradients, and any decision about an algorithm.
+It owns the engine client and the graders, keeps the books (`books.py`: admission, cursor, ledger, spool), and answers the
+trainer's requests one connection at a time. What it refuses to do: anything with gradients, and any decision about an
+algorithm.
 """
 
 import asyncio
@@ -9,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,15 +17,25 @@ from typing import Any, Protocol
 import msgspec
 
 from fastreason.config import Config
-from fastreason.errors import DataError, FastreasonError
+from fastreason.errors import FastreasonError
 from fastreason.rollout import wire
-from fastreason.rollout.admission import Admission
+from fastreason.rollout.books import Books
 from fastreason.rollout.busy import BusyClock
 from fastreason.rollout.engine import Engine
 from fastreason.rollout.evaluation import evaluate
+from fastreason.trace import Trace
 from fastreason.types import Grade, Group, Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
+
+# Counted since the start of the run, over resumes and restarts.
+CUMULATIVE = (
+    "reward/timeouts",
+    "rollout/long_prompts",
+    "rollout/dropped",
+    "rollout/engine_restarts",
+    "rollout/producer_restarts",
+)
 
 
 class Grader(Protocol):
@@ -37,48 +47,38 @@ class Grader(Protocol):
     async def grade(self, prompt: Prompt, texts: Sequence[str], truncated: Sequence[bool]) -> list[Grade]: ...
 
 
-class Cursor(Protocol):
-    """An endless, seeded, resumable order of the training prompts."""
-
-    def next(self) -> Prompt: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
 class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str: ...
 
 
 class Producer:
-    """Serves one trainer. `render` turns a prompt into token ids."""
+    """Serves one trainer. `render` turns a prompt into token ids; `reject` names the reason why a group is not trained on."""
 
     def __init__(
         self,
         config: Config,
         engine: Engine,
         grader: Grader,
-        cursor: Cursor,
+        books: Books,
         eval_prompts: list[Prompt],
         tokenizer: Tokenizer,
         render: Callable[[Prompt], list[int]],
         num_train_prompts: int,
         run_dir: Path,
         on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+        on_ready: Callable[[], None] = lambda: None,
+        reject: Callable[[Group], str | None] = lambda group: None,
+        trace: Trace | None = None,
     ) -> None:
-        self._config, self._engine, self._grader, self._cursor = config, engine, grader, cursor
+        self._config, self._engine, self._grader, self._books = config, engine, grader, books
         self._eval_prompts, self._tokenizer, self._render = eval_prompts, tokenizer, render
         self._num_train_prompts, self._run_dir, self._on_progress = num_train_prompts, run_dir, on_progress
-        self._admission: Admission | None = None
+        self._on_ready, self._reject, self._trace = on_ready, reject, trace or Trace(None, "producer")
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._untrained: dict[int, Prompt] = {}  # every prompt issued and not yet known to be trained
-        self._handed_out: list[int] = []  # tickets of the batch that the trainer works on
-        self._again: deque[Prompt] = deque()  # prompts of an earlier process, to be issued first
         self._generating, self._grading = BusyClock(), BusyClock()
         self._failure: str | None = None
-        self._num_long_prompts = 0
+        self._num_timeouts = 0
 
     async def serve(self, socket_path: str) -> None:
         """Start the engine, wait for the trainer, answer it until it says Stop or closes its connection."""
@@ -109,6 +109,7 @@ class Producer:
                 num_train_prompts=self._num_train_prompts,
                 num_eval_prompts=len(self._eval_prompts),
             )
+            self._on_ready()
             writer.write(wire.encode(ready))
         except Exception as error:
             known = isinstance(error, FastreasonError)
@@ -135,16 +136,25 @@ class Producer:
         try:
             match request:
                 case wire.Start():
-                    self._start(request)
+                    self._engine.version = request.version
+                    self._books.start(request.version, request.trained, request.state)
+                    self._fill()
+                    answer = wire.Done()
+                case wire.Rejoin():
+                    await self._rejoin(request)
                     answer = wire.Done()
                 case wire.NextBatch():
                     answer = await self._next_batch()
                 case wire.Publish():
                     answer = await self._publish(request)
+                case wire.Collected():
+                    self._books.collected()
+                    self._fill()
+                    answer = wire.Done()
                 case wire.Evaluate():
                     answer = wire.Evaluated(await self._evaluate(request.name))
                 case wire.SaveState():
-                    answer = wire.State(self._state(request.trained))
+                    answer = wire.State(await self._save(request))
                 case _:
                     raise AssertionError(f"unexpected request {request}")
         except FastreasonError as error:
@@ -157,51 +167,29 @@ class Producer:
             writer.write(wire.encode(answer))
             await writer.drain()
 
-    def _start(self, request: wire.Start) -> None:
-        if request.state is not None:
-            self._cursor.load_state(request.state["cursor"])
-            self._again.extend(msgspec.convert(request.state["again"], list[Prompt]))
-        train = self._config.train
+    async def _rejoin(self, request: wire.Rejoin) -> None:
+        """Take the place of a producer that died; weights first: the engine may have been left amid an update."""
+        await self._engine.adopt(request.update)
         self._engine.version = request.version
-        self._admission = Admission(
-            batch_size=train.prompts_per_step,
-            max_staleness=self._config.rollout.max_staleness,
-            total_groups=request.trained + (train.steps - request.version) * train.prompts_per_step,
-            version=request.version,
-            trained=request.trained,
-        )
+        if request.started and not self._books.restart(request.version, request.trained, request.holding):
+            raise FastreasonError(
+                "the producer was started again and found nothing of what it had done: its spool is gone"
+            )
         self._fill()
 
     def _fill(self) -> None:
         """Issue groups for as long as admission allows."""
-        admission = self._admission
-        limit = self._config.rollout.max_running_groups
-        while admission is not None and self._failure is None and admission.may_issue():
-            if limit and admission.num_running >= limit:
-                return
-            prompt, token_ids = self._next_prompt()
-            ticket = admission.issue()
-            self._untrained[ticket] = prompt
+        if self._failure is not None:
+            return
+        for ticket, prompt, token_ids in self._books.issue():
             task = asyncio.create_task(self._make_group(ticket, prompt, token_ids))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-    def _next_prompt(self) -> tuple[Prompt, list[int]]:
-        """The next prompt that is short enough; longer ones are passed over and counted."""
-        limit = self._config.data.max_prompt_tokens
-        for _ in range(self._num_train_prompts + len(self._again)):
-            prompt = self._again.popleft() if self._again else self._cursor.next()
-            token_ids = self._render(prompt)
-            if len(token_ids) <= limit:
-                return prompt, token_ids
-            self._num_long_prompts += 1
-        raise DataError(
-            f"data.max_prompt_tokens={limit}: every one of the {self._num_train_prompts} training prompts is longer. "
-            "Raise it, or shorten data.system_prompt and data.user_template."
-        )
+        if (admission := self._books.admission) is not None:
+            self._trace.counter("groups", running=admission.num_running, finished=admission.num_finished)
 
     async def _make_group(self, ticket: int, prompt: Prompt, token_ids: list[int]) -> None:
-        assert self._admission is not None
+        assert self._books.admission is not None
         rollout = self._config.rollout
         params = SamplingParams(
             n=rollout.samples_per_prompt,
@@ -216,11 +204,14 @@ class Producer:
                 prompt=prompt,
                 prompt_token_ids=token_ids,
                 samples=samples,
-                version_issued=self._admission.issued_at(ticket),
+                version_issued=self._books.admission.issued_at(ticket),
                 generate_s=generate_s,
                 grade_s=grade_s,
             )
-            self._admission.finish(group)
+            if (reason := self._reject(group)) is None:
+                self._books.finish(group)
+            else:
+                self._drop(ticket, reason)
             self._fill()
         except FastreasonError as error:
             self._failure = self._failure or str(error)
@@ -230,12 +221,21 @@ class Producer:
         async with self._changed:
             self._changed.notify_all()
 
+    def _drop(self, ticket: int, reason: str) -> None:
+        limit = self._config.algorithm.max_refills * self._config.train.prompts_per_step
+        if self._books.drop(ticket, reason) > limit:
+            raise FastreasonError(
+                f"algorithm.max_refills={self._config.algorithm.max_refills}: more than {limit} groups were dropped for one "
+                f"batch (the last one: {reason}). The prompts are too easy or too hard for this model: choose others, raise "
+                "rollout.samples_per_prompt or rollout.temperature, or set algorithm.filtered=zero."
+            )
+
     async def _sample(
         self, request_id: str, prompt: Prompt, token_ids: list[int], params: SamplingParams
     ) -> tuple[list[Sample], float, float]:
         """Generate and grade one prompt's completions; returns them with the seconds of each."""
         started = time.perf_counter()
-        with self._generating:
+        with self._generating, self._trace.span("engine", request_id):
             completions = await self._engine.generate(request_id, token_ids, params)
         generated = time.perf_counter()
         samples = [
@@ -248,42 +248,50 @@ class Producer:
             )
             for completion in completions
         ]
-        with self._grading:
+        with self._grading, self._trace.span("graders", request_id):
             grades = await self._grader.grade(prompt, [s.text for s in samples], [s.truncated for s in samples])
         for sample, grade in zip(samples, grades, strict=True):
             sample.grade = grade
         return samples, generated - started, time.perf_counter() - generated
 
     async def _next_batch(self) -> wire.Batch:
-        assert self._admission is not None, "NextBatch before Start"
-        self._forget_handed_out()
         async with self._changed:
             while True:
                 if self._failure is not None:
                     raise FastreasonError(self._failure)
-                groups = self._admission.take_batch()
+                groups = self._books.take_batch()
                 if groups is not None:
                     break
                 await self._changed.wait()
-        self._handed_out = [group.ticket for group in groups]
+        books = self._books
+        books.count("reward/timeouts", self._grader.num_timeouts - self._num_timeouts)
+        self._num_timeouts = self._grader.num_timeouts
+        figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE}
         return wire.Batch(
-            groups=groups,
-            generate_s=self._generating.take(),
-            grade_s=self._grading.take(),
-            num_grader_timeouts=self._grader.num_timeouts,
-            num_long_prompts=self._num_long_prompts,
+            groups=groups, generate_s=self._generating.take(), grade_s=self._grading.take(), figures=figures
         )
 
     async def _publish(self, request: wire.Publish) -> wire.Published:
         report = await self._engine.load_weights(request.update)
-        self._forget_handed_out()
-        # A trainer that resumes publishes once before Start, which brings the version.
-        if self._admission is not None:
-            self._admission.publish(request.update.version)
-            self._fill()
+        self._books.publish(request.update.version)
+        self._fill()
         async with self._changed:
             self._changed.notify_all()
         return wire.Published(report)
+
+    async def _save(self, request: wire.SaveState) -> bytes:
+        admission = self._books.admission
+        async with self._changed:
+            while request.settle and self._failure is None and admission is not None and not admission.is_settled():
+                await self._changed.wait()
+        return self._books.checkpoint(request.trained)
+
+    def note(self, event: str, detail: str) -> None:
+        """An event of the engine, for the ledger and the timeline."""
+        self._books.note(event, detail=detail)
+        self._trace.instant("engine", event, detail=detail)
+        if event == "engine_lost":
+            self._books.count("rollout/engine_restarts")
 
     async def _evaluate(self, name: str) -> Any:
         config = self._config
@@ -308,23 +316,6 @@ class Producer:
         )
         self._generating.take(), self._grading.take()  # an evaluation's seconds are not a step's
         return result
-
-    def _state(self, trained: int) -> dict[str, Any]:
-        """What a later process needs so that no issued prompt is lost: those not among the `trained` groups go again."""
-        assert self._admission is not None, "SaveState before Start"
-        if trained >= self._admission.num_taken:
-            self._forget_handed_out()
-        return {
-            "cursor": self._cursor.state(),
-            "again": msgspec.to_builtins([*self._untrained.values(), *self._again]),
-            "trained": trained,
-        }
-
-    def _forget_handed_out(self) -> None:
-        """The batch handed out last is trained: a trainer asks for the next one, or publishes, only then."""
-        for ticket in self._handed_out:
-            del self._untrained[ticket]
-        self._handed_out = []
 
 
 def group_seed(seed: int, number: int, prompt_id: str) -> int:

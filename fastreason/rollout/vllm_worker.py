@@ -4,54 +4,135 @@ vLLM mixes this class into its worker (`--worker-extension-cls`) and calls it by
 nothing of vLLM but the worker's `model_runner`, and so imports nothing of it.
 """
 
-import os
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
-from fastreason.exchange import Digest, compare_held, read_weights
+from fastreason.exchange import Digest, SumDigest, compare_held, published_file, read_weights
 
-EXCHANGE_VARIABLE = "FASTREASON_EXCHANGE_DIR"
+if TYPE_CHECKING:
+    import torch
 
 
 class WeightWorker:
     """Mixed into vLLM's worker; `model_runner` is the worker's."""
 
     model_runner: Any
+    fastreason_held: str | None = None  # checksum of the weights loaded last, None for those of the start
+    fastreason_watching: "Watch | None" = None
+    fastreason_ahead: "tuple[str, Future[tuple[dict[str, torch.Tensor], Digest]]] | None" = None
+
+    def fastreason_beat(self) -> dict[str, Any]:
+        """A sign of life from the engine's innermost process, and which weights it holds."""
+        return {"checksum": self.fastreason_held}
+
+    def fastreason_prepare(self, path: str, checksum: str) -> dict[str, Any]:
+        """Begin to read and check an exchange file while generation goes on; `fastreason_load` takes the result."""
+        reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self.fastreason_ahead = (path, reader.submit(read_published, path, checksum))
+        reader.shutdown(wait=False)
+        return {}
 
     def fastreason_load(self, path: str, checksum: str) -> dict[str, Any]:
         """Load an exchange file into the running model; the engine must be paused.
 
         Returns the digest of what was handed to the model, the number of tensors, the bytes verified in place, the
-        seconds, and for every unfinished request how many tokens it had sampled with the former weights.
-        Raises ValueError if the file is outside the exchange folder, or if anything held differs from what was sent.
+        seconds (in all, and of the engine's own reload), and for every unfinished request how many tokens it had sampled
+        with the former weights, None where that cannot be known. Raises ValueError if the file is outside the exchange
+        folder, or if anything held differs from what was sent.
         """
         started = time.perf_counter()
-        allowed = os.environ.get(EXCHANGE_VARIABLE, "")
-        file = Path(path).resolve()
-        if not allowed or not file.is_relative_to(Path(allowed).resolve()):
-            raise ValueError(f"weights at {path!r} are outside the exchange folder {allowed!r}")
-        digest = Digest()
-        sent = dict(read_weights(file, digest))
-        if digest.hexdigest() != checksum:
-            raise ValueError(f"checksum of {path} is {digest.hexdigest()}, sent was {checksum}: the file changed")
-        tokens_before = {
-            request_id: len(state.output_token_ids) for request_id, state in self.model_runner.requests.items()
-        }
+        ahead, self.fastreason_ahead = self.fastreason_ahead, None
+        sent, digest = ahead[1].result() if ahead and ahead[0] == path else read_published(path, checksum)
+        tokens_before = count_tokens(self.model_runner)
+        self.fastreason_held = "being loaded"
+        reloading = time.perf_counter()
         self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
+        reload_s = time.perf_counter() - reloading
         model = self.model_runner.get_model()
         repack_embeddings(model)
         fused = getattr(model, "packed_modules_mapping", {})
         held_bytes, different = compare_held(model.named_parameters(), sent, fused)
         if different:
             raise ValueError(f"after loading, the engine holds other values than were sent in: {different[:5]}")
+        self.fastreason_held = digest.hexdigest()
         return {
             "checksum": digest.hexdigest(),
             "num_tensors": digest.num_tensors,
             "held_bytes": held_bytes,
             "load_s": time.perf_counter() - started,
+            "reload_s": reload_s,
             "tokens_before": tokens_before,
         }
+
+    def fastreason_watch(self) -> dict[str, Any]:
+        """From here on take the digest of whatever the model is handed, by whom ever; the engine must be paused."""
+        self.fastreason_watching = Watch(self.model_runner)
+        self.fastreason_held = "being loaded"
+        return {}
+
+    def fastreason_watched(self) -> dict[str, Any]:
+        """The report of `fastreason_load` on what the model was handed since `fastreason_watch`."""
+        assert self.fastreason_watching is not None, "nothing was being watched"
+        report = self.fastreason_watching.end()
+        self.fastreason_watching, self.fastreason_held = None, report["checksum"]
+        return report
+
+    def fastreason_restore(self) -> dict[str, Any]:
+        """Load the model's own files again, whatever has been loaded since the start; the engine must be paused."""
+        self.model_runner.reload_weights()
+        repack_embeddings(self.model_runner.get_model())
+        self.fastreason_held = None
+        return {}
+
+
+class Watch:
+    """Stands before a model's `load_weights` and adds what comes by to a digest of sums, which stays on the GPU."""
+
+    def __init__(self, runner: Any) -> None:
+        self._model, self._digest, self._started = runner.get_model(), SumDigest(), time.perf_counter()
+        self._tokens_before = count_tokens(runner)
+        load = self._model.load_weights
+        self._model.load_weights = lambda weights: load(self._pass(weights))
+
+    def _pass(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> "Iterator[tuple[str, torch.Tensor]]":
+        for name, tensor in weights:
+            self._digest.add(name, tensor)
+            yield name, tensor
+
+    def end(self) -> dict[str, Any]:
+        del self._model.load_weights
+        return {
+            "checksum": self._digest.hexdigest(),
+            "num_tensors": self._digest.num_tensors,
+            "held_bytes": 0,
+            "load_s": time.perf_counter() - self._started,
+            "tokens_before": self._tokens_before,
+        }
+
+
+def read_published(path: str, checksum: str) -> "tuple[dict[str, torch.Tensor], Digest]":
+    """The tensors of an exchange file and their digest; raises ValueError where it is not `checksum`."""
+    digest = Digest()
+    sent = dict(read_weights(published_file(path), digest))
+    if digest.hexdigest() != checksum:
+        raise ValueError(f"checksum of {path} is {digest.hexdigest()}, sent was {checksum}: the file changed")
+    return sent, digest
+
+
+def count_tokens(runner: Any) -> dict[str, int] | None:
+    """How many tokens each unfinished request has sampled, by the engine's name of the request.
+
+    vLLM has two model runners, which keep this in different places; None for one that is neither.
+    """
+    if hasattr(runner, "requests"):
+        return {name: len(state.output_token_ids) for name, state in runner.requests.items()}
+    if hasattr(runner, "req_states"):
+        states = runner.req_states
+        total = states.total_len.gpu.tolist()
+        return {name: total[i] - int(states.prompt_len.np[i]) for name, i in states.req_id_to_index.items()}
+    return None
 
 
 def repack_embeddings(model: Any) -> None:

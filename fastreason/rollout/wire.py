@@ -7,24 +7,37 @@ answers; a `Failure` may come instead of any answer.
 import asyncio
 import socket
 import struct
-import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from fastreason.errors import InterruptedWaitError, PeerLostError, StuckError
+from fastreason.patience import Patience
 from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
 
 SEND_TIMEOUT_S = 120.0
 
 
 class Start(msgspec.Struct, tag=True):
-    """Begin issuing; `version` is that of the engines now, `trained` the groups that earlier runs trained."""
+    """Begin issuing; `version` is that of the engines now, `trained` the groups trained so far, `state` a checkpoint's."""
 
     version: int
     trained: int
-    state: dict[str, Any] | None = None
+    state: bytes | None = None
+
+
+class Rejoin(msgspec.Struct, tag=True):
+    """To a producer that took the place of one that died: where the trainer stands.
+
+    `update` is what the engines are to hold, `holding` the tickets of the batch that the trainer has and has not trained.
+    `started` is False where Start had not been sent yet.
+    """
+
+    version: int
+    trained: int
+    holding: list[int]
+    started: bool
+    update: WeightUpdate | None = None
 
 
 class NextBatch(msgspec.Struct, tag=True):
@@ -32,7 +45,13 @@ class NextBatch(msgspec.Struct, tag=True):
 
 
 class Publish(msgspec.Struct, tag=True):
+    """Load new weights into the engines; the batch handed out last is in them."""
+
     update: WeightUpdate
+
+
+class Collected(msgspec.Struct, tag=True):
+    """The batch handed out last is written down and will not be trained on here; no new weights follow from it."""
 
 
 class Evaluate(msgspec.Struct, tag=True):
@@ -40,9 +59,13 @@ class Evaluate(msgspec.Struct, tag=True):
 
 
 class SaveState(msgspec.Struct, tag=True):
-    """Ask for the state; `trained` groups are in the trainer's weights, whatever was handed out after them is not."""
+    """Ask for the state; `trained` groups are in the trainer's weights, whatever was handed out after them is not.
+
+    `settle` first waits for what older weights are still generating, so that a resumed run finds it finished.
+    """
 
     trained: int
+    settle: bool = False
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -59,8 +82,7 @@ class Batch(msgspec.Struct, tag=True):
     groups: list[Group]
     generate_s: float
     grade_s: float
-    num_grader_timeouts: int
-    num_long_prompts: int
+    figures: dict[str, float] = {}
 
 
 class Published(msgspec.Struct, tag=True):
@@ -72,7 +94,7 @@ class Evaluated(msgspec.Struct, tag=True):
 
 
 class State(msgspec.Struct, tag=True):
-    state: dict[str, Any]
+    state: bytes
 
 
 class Done(msgspec.Struct, tag=True):
@@ -83,7 +105,7 @@ class Failure(msgspec.Struct, tag=True):
     message: str
 
 
-Request = Start | NextBatch | Publish | Evaluate | SaveState | Stop
+Request = Start | Rejoin | NextBatch | Publish | Collected | Evaluate | SaveState | Stop
 Answer = Ready | Batch | Published | Evaluated | State | Done | Failure
 
 _encoder = msgspec.msgpack.Encoder()
@@ -135,7 +157,7 @@ class Connection:
 
     def _read(self, size: int, timeout_s: float, waiting_for: str, interruptible: bool) -> bytes:
         self._sock.settimeout(0.5)  # so that a signal to stop is seen within half a second
-        deadline = time.monotonic() + timeout_s
+        patience = Patience(timeout_s)
         chunks: list[bytes] = []
         missing = size
         while missing:
@@ -144,7 +166,8 @@ class Connection:
             except TimeoutError as error:
                 if interruptible and not chunks and self._interrupted():
                     raise InterruptedWaitError(f"told to stop while {waiting_for}") from None
-                if time.monotonic() < deadline:
+                patience.look()
+                if not patience.exhausted:
                     continue
                 raise StuckError(
                     f"waited {timeout_s:g} s (run.timeout_s) for the producer: {waiting_for}. See logs/producer.log and "

@@ -10,6 +10,8 @@ What was learned on DeepSpeed 0.19:
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,16 @@ MAX_BUCKET = 200_000_000  # elements per reduction
 GATHER_BYTES = 512 << 20  # ZeRO-3: weights are gathered in buckets of about this size
 
 
-def initialise_distributed(device: str) -> None:
-    """Join the process group of the launcher (torch's elastic launcher, torchrun, deepspeed, Slurm)."""
+def initialise_distributed(device: str, timeout_s: float = 1800.0) -> None:
+    """Join the process group of the launcher (torch's elastic launcher, torchrun, deepspeed, Slurm).
+
+    A rank that waits for another longer than `timeout_s` in a collective raises.
+    """
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl", verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def deepspeed_config(
@@ -102,16 +109,16 @@ class DeepSpeedUpdater:
         self._unwrapped = self.engine.optimizer is optimizer
 
     @torch.no_grad()
-    def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
-        # In training mode, as in the update that follows: the two must agree to the last bit.
-        return [self.engine(batch.to(self._device), None, temperature)[0] for batch in batches]
+    def logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float) -> list[Tensor]:
+        # In training mode and through the update's own operator with a ratio, so that the same rows lie together in its
+        # products: those of another shape may round otherwise, and the two must agree to the last bit.
+        stand_ins = (replace(batch, behaviour_logp_N=batch.sampler_logp_N) for batch in batches)
+        return [self.engine(batch.to(self._device), spec, temperature).logp for batch in stand_ins]
 
     def update(
         self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
     ) -> UpdateResult:
-        rate = learning_rate(
-            self._train.lr, self._train.lr_schedule, self.num_done, self._num_updates, self._train.warmup_steps
-        )
+        rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         outputs: list[PolicyLossOutput] = []
@@ -135,6 +142,16 @@ class DeepSpeedUpdater:
         return UpdateResult(
             outputs=outputs, loss=float(total) / denominator, grad_norm=norm, lr=rate, applied=math.isfinite(norm)
         )
+
+    def skip(self) -> UpdateResult:
+        rate = self._rate()
+        self.num_done += 1
+        return UpdateResult(outputs=[], loss=0.0, grad_norm=0.0, lr=rate, applied=True, empty=True)
+
+    def _rate(self) -> float:
+        """The learning rate of the update at hand."""
+        train = self._train
+        return learning_rate(train.lr, train.lr_schedule, self.num_done, self._num_updates, train.warmup_steps)
 
     def _step_unwrapped(self) -> float:
         """Step where DeepSpeed leaves the optimizer bare (fp32 at stage 0) and keeps no norm; skip what is not finite."""

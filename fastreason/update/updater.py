@@ -13,13 +13,17 @@ from fastreason.packing import MicroBatch
 
 @dataclass
 class UpdateResult:
-    """One optimizer update on this rank: the outputs of its micro-batches in order, and the step's figures."""
+    """One optimizer update on this rank: the outputs of its micro-batches in order, and the step's figures.
+
+    applied: False where the gradient was not finite. empty: True where no row was left to train on.
+    """
 
     outputs: list[PolicyLossOutput]
     loss: float
     grad_norm: float
     lr: float
     applied: bool
+    empty: bool = False
 
 
 class Updater(Protocol):
@@ -29,14 +33,21 @@ class Updater(Protocol):
     rank: int
     num_ranks: int
 
-    def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
-        """The trainer's log-probabilities of the response tokens of each micro-batch, [N] fp32, without gradients."""
+    def logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float) -> list[Tensor]:
+        """The trainer's log-probabilities of the response tokens of each micro-batch, [N] fp32, without gradients.
+
+        To the last bit those that `update` finds for the same micro-batches and spec as long as the weights are the same.
+        """
         ...
 
     def update(
         self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
     ) -> UpdateResult:
         """One optimizer update from the summed loss of all ranks' micro-batches, divided once by `denominator`."""
+        ...
+
+    def skip(self) -> UpdateResult:
+        """Count an update of which no row was left: the learning rate's schedule goes on, weights and optimizer rest."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -4,13 +4,14 @@ from fastreason_kernels.linear_divergence.function import DivergenceOutput, line
 from fastreason_kernels.linear_logprob.function import linear_logprob
 from fastreason_kernels.linear_policy_loss.function import linear_policy_loss
 from fastreason_kernels.lora import LoraHead
-from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, policy_loss
+from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, importance_weight, policy_loss
 
 __all__ = [
     "DivergenceOutput",
     "LoraHead",
     "PolicyLossOutput",
     "PolicyLossSpec",
+    "importance_weight",
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",

@@ -35,12 +35,14 @@ class PolicyLossSpec:
     dual_clip   c > 1: for A < 0 the loss is at most -c A (arXiv 1912.09729). None: off.
     kl          estimator against ref_logp, r = ref_logp - logp: k1 = -r, k2 = r^2 / 2, k3 = e^r - r - 1, differentiated
                 through logp. So, on-policy, k1's gradient is zero in expectation and k2's is the reverse KL's.
-    importance  weight w = exp(behaviour_logp - sampler_logp) on the policy term only (not on KL and entropy);
-                "truncate": min(w, cap), "mask": w where w <= cap, else 0.
+    importance  weight w, detached, on the policy term only (not on KL and entropy); "truncate": min(w, importance_cap),
+                "mask": w where importance_floor <= w <= importance_cap, else 0 (IcePop, arXiv 2510.18855).
+    importance_level   with d_t = behaviour_logp - sampler_logp, "token": w = exp(d_t).  "sequence": the product over the
+                sequence's tokens, exp(sum d).  "geometric": their geometric mean, exp(mean d).
 
     encoded is the spec as a string, for torch.library operators. Raises ValueError for a value outside of what is allowed.
-    Left out: GSPO-token (a detached sequence ratio with per-token advantages), sequence-level importance weights, a lower
-    cap on them, importance weights on the KL term.
+    Left out: GSPO-token (a detached sequence ratio with per-token advantages), a floor under truncated weights, weights
+    divided by their mean over the batch, importance weights on the KL term.
     """
 
     ratio: Literal["none", "token", "sequence"] = "token"
@@ -55,11 +57,13 @@ class PolicyLossSpec:
     entropy_coef: float = 0.0
     importance: Literal["none", "truncate", "mask"] = "none"
     importance_cap: float = 2.0
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    importance_floor: float = 0.0
     encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for key in ("ratio", "gate", "kl", "importance"):
+        for key in ("ratio", "gate", "kl", "importance", "importance_level"):
             self._require(key, getattr(self, key) in get_args(hints[key]), " | ".join(get_args(hints[key])))
         for key in ("clip_low", "clip_high"):
             self._require(key, getattr(self, key) is None or _at_least_zero(getattr(self, key)), "None or >= 0")
@@ -69,6 +73,10 @@ class PolicyLossSpec:
         self._require("kl_coef", math.isfinite(self.kl_coef), "a finite number")
         self._require("entropy_coef", math.isfinite(self.entropy_coef), "a finite number")
         self._require("importance_cap", self.importance_cap > 0, "> 0")
+        below_cap = 0 <= self.importance_floor <= self.importance_cap
+        self._require("importance_floor", below_cap, f"0 to importance_cap = {self.importance_cap}")
+        masks = self.importance == "mask" or self.importance_floor == 0
+        self._require("importance_floor", masks, f"0 when importance is {self.importance!r}")
         self._require("gate", self.ratio != "none" or self.gate == "clip", "clip when ratio is 'none'")
         if self.dual_clip is not None:
             self._require("dual_clip", self.ratio != "none", "None when ratio is 'none'")
@@ -95,10 +103,20 @@ class PolicyLossSpec:
     def couples_tokens(self, has_behaviour_logp: bool) -> bool:
         """Whether a token's gradient depends on log-probabilities of other tokens: then no gradient can be made in forward.
 
-        A sequence's ratio does so, unless it is 1 by definition; with "cispo" its value is detached but still theirs.
+        A sequence's ratio does so, unless it is 1 by definition; with "cispo" its value is detached but still theirs. So
+        does its importance weight, unless behaviour_logp gives it.
         """
         on_policy = not has_behaviour_logp and (self.importance == "none" or self.gate == "cispo")
-        return self.ratio == "sequence" and not on_policy
+        return (self.ratio == "sequence" and not on_policy) or self.couples_weights(has_behaviour_logp)
+
+    def couples_weights(self, has_behaviour_logp: bool) -> bool:
+        """Whether a token's importance weight depends on log-probabilities that are yet to be computed, of other tokens."""
+        return self.weighs_sequences and not has_behaviour_logp
+
+    @property
+    def weighs_sequences(self) -> bool:
+        """Whether the tokens of a sequence share one importance weight."""
+        return self.importance != "none" and self.importance_level != "token"
 
 
 class PolicyLossOutput(NamedTuple):
@@ -140,11 +158,12 @@ def policy_loss(
     logp, entropy (may be None without an entropy term): [N] nats, any float dtype, differentiated.
     advantages, behaviour_logp (ratio's denominator; None: the detached logp, ratio exactly 1), ref_logp (a reference's or
     a teacher's), sampler_logp, token_weight: [N] float, not differentiated. mask: [N] bool, False contributes nothing,
-    whatever stands there (NaN). sequence_ids: [N] int64, for ratio="sequence": tokens with one id are one sequence, its
-    mean over unmasked tokens. advantages may be [S], one a sequence, where sequence_ids are 0 to S - 1.
+    whatever stands there (NaN). sequence_ids: [N] int64, for a ratio or an importance_level of sequences: tokens with one
+    id are one sequence, its sum and mean over unmasked tokens. advantages may be [S], one a sequence, where sequence_ids
+    are 0 to S - 1.
 
-    Raises ValueError for a missing or misshapen tensor. Log-ratios are clamped to +-20 before the exponential, and have
-    no gradient there.
+    Raises ValueError for a missing or misshapen tensor. Log-ratios, and logarithms of importance weights, are clamped to
+    +-20 before the exponential, and have no gradient there.
     """
     columns: dict[str, Any] = {
         "advantages": per_token(advantages, sequence_ids, logp.shape[0]),
@@ -172,14 +191,15 @@ def gradient_rows(spec: PolicyLossSpec, columns: dict[str, Any], mask: Tensor | 
     """[N] bool: the tokens that may have a gradient, as far as it is known before any log-probability.
 
     A token has none where it is masked, or every coefficient on it is 0: its advantage times weight (under a sequence's
-    ratio: that of every token of the sequence), and its weight where KL or entropy terms act.
+    ratio, or an importance weight yet to be computed: that of every token of the sequence), and its weight where KL or
+    entropy terms act.
     """
     weight = columns.get("token_weight")
     weighted = torch.ones_like(columns["advantages"], dtype=torch.bool) if weight is None else weight != 0
     weighted = weighted if mask is None else weighted & mask
     rows = weighted & (columns["advantages"] != 0)
-    if spec.ratio == "sequence":
-        rows = _sequence_mean(rows.float(), columns["sequence_ids"], mask) > 0
+    if spec.ratio == "sequence" or spec.couples_weights(columns.get("behaviour_logp") is not None):
+        rows = _over_sequences(rows.float(), columns["sequence_ids"], mask, mean=True) > 0
     if spec.acts_at_zero_advantage:
         rows = rows | weighted
     return rows if mask is None else rows & mask
@@ -191,7 +211,7 @@ def check_columns(spec: PolicyLossSpec, num_tokens: int, columns: dict[str, Any]
         "advantages": True,
         "ref_logp": spec.kl != "none",
         "sampler_logp": spec.importance != "none",
-        "sequence_ids": spec.ratio == "sequence",
+        "sequence_ids": spec.ratio == "sequence" or spec.weighs_sequences,
     }
     chosen_by = {name: x.device for name, x in columns.items() if name in ROW_COLUMNS and x is not None}
     if len(set(chosen_by.values())) > 1:
@@ -209,6 +229,54 @@ def check_columns(spec: PolicyLossSpec, num_tokens: int, columns: dict[str, Any]
             raise ValueError(f"{name}: dtype {value.dtype}, allowed: a {kind} tensor")
 
 
+def importance_weight(
+    trainer_logp: Tensor,
+    sampler_logp: Tensor,
+    spec: PolicyLossSpec,
+    *,
+    sequence_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """([N] w of the policy term as `spec` bounds it, [N] bool: bounded), both detached; 1 everywhere without importance.
+
+    trainer_logp: [N] behaviour_logp, or logp where there is none; the others as in `policy_loss`, which uses these weights.
+    Raises ValueError where the spec needs sequence_ids and there are none.
+    """
+    if spec.weighs_sequences and sequence_ids is None:
+        raise ValueError(f"sequence_ids: None, but importance_level is {spec.importance_level!r}; pass a tensor [N]")
+    if spec.importance == "none":
+        return torch.ones_like(trainer_logp), torch.zeros_like(trainer_logp, dtype=torch.bool)
+    return _bounded_weight(log_importance_weight(trainer_logp, sampler_logp, spec, sequence_ids, mask), spec)
+
+
+def log_importance_weight(
+    trainer_logp: Tensor, sampler_logp: Tensor, spec: PolicyLossSpec, sequence_ids: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """[N] log w before its bounds, by the spec's level, clamped to +-20; detached."""
+    log_weight = trainer_logp.detach() - sampler_logp.detach()
+    if spec.weighs_sequences:
+        assert sequence_ids is not None
+        log_weight = log_weight if mask is None else log_weight.masked_fill(~mask, 0.0)
+        log_weight = _over_sequences(log_weight, sequence_ids, mask, mean=spec.importance_level == "geometric")
+    return log_weight.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def known_log_weight(spec: PolicyLossSpec, columns: dict[str, Any], mask: Tensor | None) -> Tensor | None:
+    """[N] `log_importance_weight` of sequences that behaviour_logp gives before any log-probability; else None."""
+    behaviour_logp = columns.get("behaviour_logp")
+    if behaviour_logp is None or not spec.weighs_sequences:
+        return None
+    return log_importance_weight(behaviour_logp, columns["sampler_logp"], spec, columns["sequence_ids"], mask)
+
+
+def _bounded_weight(log_weight: Tensor, spec: PolicyLossSpec) -> tuple[Tensor, Tensor]:
+    weight = log_weight.exp()
+    if spec.importance == "truncate":
+        return weight.clamp(max=spec.importance_cap), weight > spec.importance_cap
+    outside = (weight > spec.importance_cap) | (weight < spec.importance_floor)
+    return weight.masked_fill(outside, 0.0), outside
+
+
 def evaluate(
     logp: Tensor,
     entropy: Tensor | None,
@@ -221,20 +289,27 @@ def evaluate(
     token_weight: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    log_weight: Tensor | None = None,
 ) -> PolicyLossOutput:
-    """`policy_loss` without its checks, for callers that checked once and come once per chunk."""
+    """`policy_loss` without its checks, for callers that checked once and come once per chunk.
+
+    log_weight: [N] `log_importance_weight` where it is known already, because the tokens of a sequence are not all here.
+    """
     if mask is not None:
         # Every term of a blanked token is 0. Masking the loss instead would multiply a masked NaN by 0 in backward.
         logp, advantages = logp.masked_fill(~mask, 0.0), advantages.masked_fill(~mask, 0.0)
-        entropy, behaviour_logp, ref_logp, sampler_logp, token_weight = (
+        entropy, behaviour_logp, ref_logp, sampler_logp, token_weight, log_weight = (
             None if x is None else x.masked_fill(~mask, 0.0)
-            for x in (entropy, behaviour_logp, ref_logp, sampler_logp, token_weight)
+            for x in (entropy, behaviour_logp, ref_logp, sampler_logp, token_weight, log_weight)
         )
     ratio = _ratio(logp, behaviour_logp, sequence_ids, mask, spec)
     loss, clipped = _gate(logp, ratio, advantages, spec)
     if spec.importance != "none":
-        assert sampler_logp is not None
-        loss = loss * _importance_weight(logp if behaviour_logp is None else behaviour_logp, sampler_logp, spec)
+        if log_weight is None:
+            assert sampler_logp is not None
+            trainer_logp = logp if behaviour_logp is None else behaviour_logp
+            log_weight = log_importance_weight(trainer_logp, sampler_logp, spec, sequence_ids, mask)
+        loss = loss * _bounded_weight(log_weight, spec)[0]
     kl = _kl(logp, ref_logp, spec)
     if spec.kl_coef != 0:
         loss = loss + spec.kl_coef * kl
@@ -268,18 +343,20 @@ def _ratio(
     log_ratio = logp - (logp.detach() if behaviour_logp is None else behaviour_logp)
     if spec.ratio == "sequence":
         assert sequence_ids is not None
-        log_ratio = _sequence_mean(log_ratio, sequence_ids, mask)
+        log_ratio = _over_sequences(log_ratio, sequence_ids, mask, mean=True)
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def _sequence_mean(values: Tensor, sequence_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] -> [N]: each token gets the mean over the unmasked tokens of its sequence; masked values must be 0."""
+def _over_sequences(values: Tensor, sequence_ids: Tensor, mask: Tensor | None, *, mean: bool) -> Tensor:
+    """[N] -> [N]: each token gets the sum or mean over the unmasked tokens of its sequence; masked values must be 0."""
     index = _dense_ids(sequence_ids)
     # In float64 the order of the sum, which a GPU does not fix, cannot reach a fp32 result.
     zeros = torch.zeros(values.shape[0], dtype=torch.float64, device=values.device)
-    counts = torch.ones_like(values) if mask is None else mask
-    lengths = zeros.index_add(0, index, counts.double()).clamp(min=1)
-    return (zeros.index_add(0, index, values.double()) / lengths)[index].to(values.dtype)
+    total = zeros.index_add(0, index, values.double())
+    if mean:
+        counts = torch.ones_like(values) if mask is None else mask
+        total = total / zeros.index_add(0, index, counts.double()).clamp(min=1)
+    return total[index].to(values.dtype)
 
 
 def _dense_ids(sequence_ids: Tensor) -> Tensor:
@@ -308,13 +385,6 @@ def _gate(logp: Tensor, ratio: Tensor, advantages: Tensor, spec: PolicyLossSpec)
         bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(low, dual))
         loss = -bounded * advantages
     return loss, (bounded != ratio) & (advantages != 0)
-
-
-def _importance_weight(trainer_logp: Tensor, sampler_logp: Tensor, spec: PolicyLossSpec) -> Tensor:
-    weight = (trainer_logp.detach() - sampler_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    if spec.importance == "truncate":
-        return weight.clamp(max=spec.importance_cap)
-    return weight.masked_fill(weight > spec.importance_cap, 0.0)
 
 
 def _kl(logp: Tensor, ref_logp: Tensor | None, spec: PolicyLossSpec) -> Tensor:

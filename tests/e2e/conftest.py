@@ -32,7 +32,9 @@ USER_REWARD = '''
 import os, time
 
 def even(text, prompt):
-    """The share of characters whose code is even."""
+    """The share of characters whose code is even. Says in a file that it has begun, where the test names one."""
+    if mark := os.environ.get("TEST_REWARD_MARK"):
+        open(mark, "a").write(".")
     time.sleep(float(os.environ.get("TEST_REWARD_SLEEP_S", "0")))
     return sum(ord(c) % 2 == 0 for c in text) / max(1, len(text))
 
@@ -58,33 +60,43 @@ def build_tokenizer() -> Any:
     return fast
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: a random Llama of 0.1M parameters in fp32 with a tied head, and its tokenizer."""
+def build_model(folder: Path, **sizes: int) -> Path:
+    """A Hugging Face folder: a random Llama in fp32 with a tied head, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(7)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """0.1M parameters."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    return build_model(tmp_path_factory.mktemp("tiny") / "model", num_attention_heads=2, num_key_value_heads=1, **sizes)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5M parameters: large enough that training and publishing take a while, so that a test can strike meanwhile."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 5}
+    return build_model(
+        tmp_path_factory.mktemp("small") / "model", num_attention_heads=4, num_key_value_heads=2, **sizes
+    )
 
 
 @pytest.fixture(scope="session")
@@ -206,6 +218,14 @@ class TrainRun:
         files = list((self.folder / "runs").glob("*/metrics.jsonl"))
         return files[0].read_bytes().count(b"\n") if files else 0
 
+    def phase(self) -> tuple[str, int]:
+        """What the run says that it is doing, and in which step."""
+        found = list((self.folder / "runs").glob("*/progress.json"))
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(found[0].read_bytes()) if found else {}
+            return said.get("phase", ""), said.get("step", 0)
+        return "", 0
+
     def processes(self) -> list[psutil.Process]:
         """Every living process of the run, whoever its parent is now."""
         self._note()
@@ -268,9 +288,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def train_run(tmp_path: Path, tiny_model: Path, problems: Path) -> Iterator[Callable[..., TrainRun]]:
-    """Makes runs: `train_run(train={"steps": 2}, ...)` gives one, not yet started, of the fake engine on the tiny model."""
+@contextlib.contextmanager
+def run_maker(tmp_path: Path, model: Path, problems: Path) -> Iterator[Callable[..., TrainRun]]:
+    """Makes runs: `make(train={"steps": 2}, ...)` gives one, not yet started, of the fake engine on `model`."""
     runs: list[TrainRun] = []
 
     def make(**sections: dict[str, Any]) -> TrainRun:
@@ -278,7 +298,7 @@ def train_run(tmp_path: Path, tiny_model: Path, problems: Path) -> Iterator[Call
         folder.mkdir()
         config: dict[str, Any] = {
             "run": {"name": f"r{uuid.uuid4().hex[:8]}", "dir": str(folder / "runs"), "timeout_s": 60},
-            "model": {"path": str(tiny_model), "dtype": "float32"},
+            "model": {"path": str(model), "dtype": "float32"},
             "data": {"source": "file", "path": str(problems), "max_prompt_tokens": 64},
             "reward": {"functions": {"user_reward_of_the_test:even": 1.0}},
             "rollout": {"engine": "fake", "samples_per_prompt": 4, "max_new_tokens": 8, "max_staleness": 0},
@@ -294,3 +314,19 @@ def train_run(tmp_path: Path, tiny_model: Path, problems: Path) -> Iterator[Call
     finally:
         for run in runs:
             run.close()
+
+
+@pytest.fixture
+def train_run(tmp_path: Path, tiny_model: Path, problems: Path) -> Iterator[Callable[..., TrainRun]]:
+    """Makes runs on the tiny model, see `run_maker`."""
+    with run_maker(tmp_path, tiny_model, problems) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def small_run(
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: Path
+) -> Iterator[Callable[..., TrainRun]]:
+    """Makes runs on the small model, see `run_maker`; they may be used by several tests of a module."""
+    with run_maker(tmp_path_factory.mktemp("runs"), small_model, problems) as make:
+        yield make

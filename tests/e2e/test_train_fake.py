@@ -4,15 +4,16 @@ The engine is fake, everything else is not: launcher, producer, graders, DeepSpe
 """
 
 import math
-import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fastreason.config import load_config
+from fastreason.cores import available_cores
 from fastreason.data import PromptCursor, load_problems, split_held_out
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -130,11 +131,29 @@ def check_model(folder: Path, start: Path) -> None:
     )
 
 
-def test_two_ranks_with_a_double_buffer_and_zero_3(train_run):
+def cores_by_side(run: Any) -> dict[str, set[tuple[int, ...]]]:
+    """The cores that the processes of a running run may use: those of the trainer, and those of everybody else."""
+    launcher, found = psutil.Process(run.process.pid), {"trainer": set(), "rollout": set()}
+    for child in launcher.children():
+        family = [child, *child.children(recursive=True)]
+        side = "trainer" if "torch.distributed.run" in " ".join(child.cmdline()) else "rollout"
+        found[side] |= {tuple(process.cpu_affinity()) for process in family}
+    return found
+
+
+def test_two_ranks_with_a_double_buffer_and_zero_3_on_cores_of_their_own(train_run):
+    first, last = available_cores()[0], available_cores()[-1]
     run = train_run(
-        rollout={"max_staleness": 1}, train={"ranks": 2, "zero_stage": 3, "steps": 4, "prompts_per_update": 3}
+        rollout={"max_staleness": 1, "cores": first},
+        train={"ranks": 2, "zero_stage": 3, "steps": 4, "prompts_per_update": 3, "cores": last},
     )
-    assert run.run(timeout_s=150) == 0, run.output + run.logs()
+    run.start()
+    words = ("fake_server",), ("_process", "producer"), ("run_grader",), ("-u", "_process", "trainer")
+    run.until(
+        lambda: [len(run.find(*one)) for one in words] == [1, 1, 1, 2], what="an engine, a producer, a grader, ranks"
+    )
+    assert cores_by_side(run) == {"rollout": {(first,)}, "trainer": {(last,)}}
+    assert run.wait(150) == 0, run.output + run.logs()
     assert_all_trained_once(run, run.run_dir, 4)
     staleness = [row["rollout/staleness_max"] for row in run.metrics()]
     assert max(staleness) == 1 and staleness[0] == 0
@@ -205,19 +224,16 @@ def test_a_reward_that_raises_is_one_clear_message(train_run):
     assert run.left_behind(2) == [] and run.files_left() == []
 
 
-@pytest.mark.parametrize("victim", ["trainer", "producer"])
-def test_a_process_that_is_killed_ends_the_run_with_one_clear_message(train_run, victim):
-    run = train_run(train={"steps": 1000, "ranks": 2 if victim == "trainer" else 1})
+def test_without_restarts_a_producer_that_is_killed_ends_the_run_with_one_clear_message(train_run):
+    run = train_run(run={"max_restarts": 0}, train={"steps": 1000})
     run.start()
     run.until(lambda: run.num_steps() >= 1, what="the first step")
-    # Under torch's launcher, whose own command line holds the same words.
-    pids = [p.pid for p in run.find("_process", victim) if "torch.distributed.run" not in " ".join(p.cmdline())]
-    assert len(pids) == (2 if victim == "trainer" else 1)
-    os.kill(pids[-1], signal.SIGKILL)
+    (producer,) = run.find("_process", "producer")
+    producer.send_signal(signal.SIGKILL)
     started = time.monotonic()
     assert run.wait(60) == 1, run.output + run.logs()
     assert time.monotonic() - started < 45
-    assert run.output.count("\nerror:") == 1 and victim in run.output.split("error:")[1]
+    assert run.output.count("\nerror:") == 1 and "the producer failed" in run.output.split("error:")[1]
     assert "killed" in run.output
     assert run.left_behind(2) == [] and run.files_left() == []
 

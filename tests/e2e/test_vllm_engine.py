@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from fastreason.config import RolloutConfig
+from fastreason.config import Config, RolloutConfig
 from fastreason.errors import EngineError
-from fastreason.rollout.vllm import LOOPBACK, VllmEngine, VllmServer, explain_log, new_key
+from fastreason.rollout.server import LOOPBACK, EngineServer, new_key
+from fastreason.rollout.vllm import VllmEngine, make_server
 from fastreason.types import Completion, SamplingParams, WeightUpdate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -33,16 +34,16 @@ PROMPT = [10, 20, 30, 40, 50]
 class Server:
     """A running server, the folder that it takes weights from, and the model that it started with."""
 
-    server: VllmServer
+    server: EngineServer
     key: str
     exchange: Path
     model: Path
 
-    def use(self, body: Callable[[VllmEngine], Awaitable[Any]], timeout_s: float = 120) -> Any:
+    def use(self, body: Callable[[VllmEngine], Awaitable[Any]], timeout_s: float = 120, **rollout: Any) -> Any:
         """Run `body(engine)` with a connected client; the client's version is 0 unless it loads."""
 
         async def run() -> Any:
-            engine = VllmEngine(self.server.url, self.key, RolloutConfig())
+            engine = VllmEngine(self.server.url, self.key, RolloutConfig(**rollout))
             await engine.start()
             try:
                 return await body(engine)
@@ -68,13 +69,19 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("server")
     exchange = Path(tempfile.mkdtemp(prefix="fastreason-test-", dir="/dev/shm"))
     key = new_key()
-    started = VllmServer(
-        RolloutConfig(kv_cache_gib=1.0, startup_timeout_s=180),
+    config = Config.model_validate(
+        {
+            "model": {"path": str(tiny_model), "dtype": "float32"},
+            "data": {},
+            "train": {"steps": 1, "prompts_per_step": 1},
+            "rollout": {"kv_cache_gib": 1.0},
+        }
+    )
+    started = make_server(
+        config,
         str(tiny_model),
         folder / "engine.log",
-        dtype="float32",
         max_model_len=256,
-        seed=0,
         device="cpu",
         exchange_dir=str(exchange),
         key=key,
@@ -84,10 +91,11 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         ready = Server(started, key, exchange, tiny_model)
         deadline = time.monotonic() + 150
         while not answers(started.port):
-            assert child.exit_code is None and time.monotonic() < deadline, explain_log(child.log_path)
+            assert child.exit_code is None and time.monotonic() < deadline, started.explain_end()
             time.sleep(0.2)
         yield ready
     finally:
+        child = started.child  # the last test starts another
         pids = [child.process.pid, *(p.pid for p in psutil.Process(child.process.pid).children(recursive=True))]
         child.stop(grace_s=10)
         shutil.rmtree(exchange, ignore_errors=True)
@@ -160,12 +168,14 @@ async def statuses(server: Server, headers: dict[str, str], paths: list[tuple[st
 def all_paths(server: Server) -> list[tuple[str, str]]:
     """Every operation in the server's own description, and what such descriptions leave out."""
 
-    async def fetch(engine: VllmEngine) -> Any:
-        assert engine._session is not None
-        async with engine._session.get(f"{server.server.url}/openapi.json") as response:
+    async def fetch() -> Any:
+        import aiohttp
+
+        headers, url = {"Authorization": f"Bearer {server.key}"}, f"{server.server.url}/openapi.json"
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(url) as response:
             return await response.json()
 
-    described = server.use(fetch)["paths"]
+    described = asyncio.run(asyncio.wait_for(fetch(), 20))["paths"]
     paths = [
         (method.upper(), path.replace("{", "").replace("}", "")) for path in described for method in described[path]
     ]
@@ -363,6 +373,69 @@ def test_requests_in_flight_finish_with_both_versions(server, model, restored):
         assert completion.logp[switch:] != pytest.approx(former[switch:], abs=CLOSE)
 
 
+def test_at_a_boundary_requests_have_one_version_and_later_ones_wait(server, model, restored):
+    moved = moved_model(server.model, 2)
+    update = publish(server, moved, 1)
+
+    async def body(engine: VllmEngine) -> Any:
+        params = SamplingParams(max_new_tokens=100, seed=3)
+        running = [asyncio.create_task(engine.generate(f"f{i}", [i + 3, 9, 9], params)) for i in range(12)]
+        await asyncio.sleep(0.2)
+        loading = asyncio.create_task(engine.load_weights(update))
+        await asyncio.sleep(0.05)
+        assert not loading.done()
+        late = asyncio.create_task(engine.generate("late", PROMPT, SamplingParams(max_new_tokens=8, seed=1)))
+        await loading
+        return [(await task)[0] for task in running], (await late)[0]
+
+    running, late = server.use(body, update_mode="boundary")
+    assert max(len(completion.token_ids) for completion in running) == 100
+    for index, completion in enumerate(running):
+        assert set(completion.token_versions) == {0}
+        assert_logp_of(model, [index + 3, 9, 9], completion)
+    assert set(late.token_versions) == {1}
+    assert_logp_of(moved, PROMPT, late)
+
+
+def test_no_request_begins_with_keys_and_values_of_former_weights(server, model, restored):
+    """Two with the same long prompt, one from before an update and kept in flight over it: its cached prompt is not used."""
+    moved = moved_model(server.model, 5)
+    update = publish(server, moved, 1)
+    prompt = [(7 * i) % 250 + 3 for i in range(150)]
+
+    async def body(engine: VllmEngine) -> Any:
+        long = SamplingParams(n=8, max_new_tokens=100, seed=3)
+        running = asyncio.create_task(engine.generate("before", prompt, long))
+        await asyncio.sleep(0.3)
+        await engine.load_weights(update)
+        after = await engine.generate("after", prompt, SamplingParams(max_new_tokens=8, seed=4))
+        return await running, after[0]
+
+    running, after = server.use(body)
+    assert {0, 1} in [set(completion.token_versions) for completion in running]
+    assert_logp_of(moved, prompt, after)
+
+
+def test_a_new_client_finds_the_weights_that_it_wants(server, model, restored):
+    moved = moved_model(server.model, 6)
+    update = publish(server, moved, 1)
+
+    async def leave_paused(engine: VllmEngine) -> None:
+        await engine.load_weights(update)
+        await engine._lifeline.call(lambda connection: connection.ask("/pause?mode=keep"), "pause")
+
+    async def adopt(engine: VllmEngine, wanted: WeightUpdate | None) -> Any:
+        await engine.adopt(wanted)
+        return await engine.score(PROMPT * 4), engine.version
+
+    server.use(leave_paused)
+    score, version = server.use(lambda engine: adopt(engine, update))
+    assert version == 1 and score == pytest.approx(true_logp(moved, PROMPT * 4), abs=CLOSE)
+    server.use(leave_paused)
+    score, version = server.use(lambda engine: adopt(engine, None))
+    assert version == 0 and score == pytest.approx(true_logp(model, PROMPT * 4), abs=CLOSE)
+
+
 @pytest.mark.parametrize("fault", ["checksum", "outside", "missing"])
 def test_a_faulty_update_is_refused_and_the_engine_goes_on_with_the_old_weights(server, model, tmp_path, fault):
     update = publish(server, moved_model(server.model, 3), 1)
@@ -406,7 +479,7 @@ def test_a_link_out_of_the_exchange_folder_is_refused(server, tmp_path):
 
 def test_a_client_with_another_key_says_so(server):
     async def run() -> None:
-        engine = VllmEngine(server.server.url, "another", RolloutConfig(), startup_timeout_s=5)
+        engine = VllmEngine(server.server.url, "another", RolloutConfig(startup_timeout_s=5))
         try:
             await engine.start()
         finally:
@@ -416,3 +489,48 @@ def test_a_client_with_another_key_says_so(server):
     with pytest.raises(EngineError, match="refused the key"), contextlib.suppress(TimeoutError):
         asyncio.run(asyncio.wait_for(run(), 20))
     assert time.monotonic() - started < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Death; the last test, for the next server is a new one
+
+
+def test_a_killed_engine_core_loses_no_request_and_comes_back_with_the_weights(server):
+    moved = moved_model(server.model, 7)
+    update = publish(server, moved, 1)
+    params = SamplingParams(n=4, max_new_tokens=150, seed=3)
+    events: list[tuple[str, str]] = []
+
+    def engine_core() -> psutil.Process:
+        return next(process for process in server.processes() if "EngineCore" in " ".join(process.cmdline()))
+
+    async def run() -> Any:
+        engine = VllmEngine(
+            server.server.url, server.key, RolloutConfig(), on_event=lambda *event: events.append(event)
+        )
+        await engine.start()
+        try:
+            await engine.load_weights(update)
+            undisturbed = await engine.generate("u", PROMPT, params)
+            tasks = [asyncio.create_task(engine.generate(f"f{i}", PROMPT, params)) for i in range(3)]
+            await asyncio.sleep(0.3)
+            engine_core().kill()
+            # The API server ends itself; the launcher starts the next.
+            child = server.server.child
+            assert child is not None
+            await asyncio.to_thread(child.process.wait, 60)
+            await asyncio.to_thread(child.stop, 0.0)
+            server.server.start()
+            return undisturbed, [await task for task in tasks], await engine.score(PROMPT * 4), engine.num_restarts
+        finally:
+            await engine.close()
+
+    undisturbed, answers, score, num_restarts = asyncio.run(asyncio.wait_for(run(), 200))
+    assert (num_restarts, [name for name, _ in events]) == (1, ["engine_lost", "engine_back"])
+    assert score == pytest.approx(true_logp(moved, PROMPT * 4), abs=CLOSE)
+    for completions in answers:
+        # The same seeds, and so the same tokens, from the same weights.
+        assert [c.token_ids for c in completions] == [c.token_ids for c in undisturbed]
+        for completion in completions:
+            assert set(completion.token_versions) == {1}
+            assert_logp_of(moved, PROMPT, completion)

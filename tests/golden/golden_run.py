@@ -82,14 +82,14 @@ class ScriptedRollouts:
     def __init__(self) -> None:
         self.version = 0
 
-    def start(self, version: int, trained: int, state: dict[str, Any] | None) -> None:
+    def start(self, version: int, trained: int, state: bytes | None) -> None:
         self.version = version
 
     def next_batch(self) -> Any:
         from fastreason.rollout.wire import Batch
 
         groups = [self._group(4 * self.version + number) for number in range(4)]
-        return Batch(groups=groups, generate_s=1.0, grade_s=0.0, num_grader_timeouts=0, num_long_prompts=0)
+        return Batch(groups=groups, generate_s=1.0, grade_s=0.0, figures={})
 
     def _group(self, ticket: int) -> Any:
         from fastreason.types import Grade, Group, Prompt, Sample
@@ -120,7 +120,7 @@ class ScriptedRollouts:
             version_issued=self.version,
         )
 
-    def publish(self, update: Any) -> Any:
+    def publish(self, update: Any, trained: int) -> Any:
         """Loads the weights as an engine does: their checksum stands for every bit of them."""
         from fastreason.exchange import Digest, read_weights
         from fastreason.types import LoadReport
@@ -135,8 +135,8 @@ class ScriptedRollouts:
     def evaluate(self, name: str) -> Any:
         raise AssertionError("the config holds nothing out")
 
-    def save_state(self, trained: int) -> dict[str, Any]:
-        return {}
+    def save_state(self, trained: int, settle: bool) -> bytes:
+        return b""
 
 
 class Lines:

@@ -60,6 +60,8 @@ POLICIES = {
     "sequence, on-policy": ({"ratio": "sequence", "kl": "k3", "kl_coef": 0.1}, {"behaviour_logp": None, "mask": True}),
     "sequence cispo": ({"ratio": "sequence", "gate": "cispo"}, {"behaviour_logp": None}),
     "sequence, [S]": ({"ratio": "sequence"}, {"per_sequence": True}),
+    "weighed": ({"importance": "mask", "importance_level": "sequence", "importance_floor": 0.1}, {"mask": True}),
+    "weighed B": ({"importance": "truncate", "importance_level": "geometric"}, {"behaviour_logp": None, "mask": True}),
     "no weight": ({}, {"token_weight": None}),
     "A frozen": ({"entropy_coef": 0.2}, {"strategy": "A", "frozen": True}),
     "B": ({"entropy_coef": 0.2, "kl": "k3", "kl_coef": 0.1}, {"strategy": "B", "mask": True, "bias": True}),

@@ -1,13 +1,17 @@
 """The drop-ins for verl's fused head against verl's own; its Triton function has no CPU path, so there only the signature."""
 
+import ast
 import importlib.util
 import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Optional
 
 import pytest
 import torch
+from fastreason_kernels import PolicyLossSpec, importance_weight
 from fastreason_kernels.integrations import verl as drop_in
 from fastreason_kernels.integrations.verl import FusedLinearForPPO, linear_cross_entropy
 from fastreason_kernels.testing import assert_no_worse, head_case
@@ -72,6 +76,41 @@ def test_values_and_gradients(theirs, shape, temperature, backend, dtype):
     for name, our, their, right in zip(("logp", "entropy", "hidden", "weight"), ours, peer, exact, strict=True):
         assert_no_worse(name, our, their, right, dtype=dtype)
     assert ours[0].dtype == peer[0].dtype == torch.float32
+
+
+def their_weights():
+    """verl's compute_rollout_correction_weights by its source: its module imports ray."""
+    source = (Path(verl.submodule_search_locations[0]) / "trainer/ppo/rollout_corr_helper.py").read_text()
+    wanted = {"SAFETY_BOUND", "_parse_rollout_is_threshold", "compute_rollout_correction_weights"}
+    body = [
+        node
+        for node in ast.parse(source).body
+        if {getattr(node, "name", ""), *(x.id for x in getattr(node, "targets", []) if isinstance(x, ast.Name))}
+        & wanted
+    ]
+    means = SimpleNamespace(
+        masked_sum=lambda x, mask, axis: (x * mask).sum(axis), masked_mean=lambda x, mask: (x * mask).sum() / mask.sum()
+    )
+    names = {"torch": torch, "Optional": Optional, "verl_F": means, "compute_is_metrics": lambda **_: {}}
+    exec(compile(ast.Module(body, []), "rollout_corr_helper.py", "exec"), names)
+    return names["compute_rollout_correction_weights"]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("threshold", [1.5, "0.5_1.5"])
+def test_importance_weights_are_those_of_its_rollout_correction(level, threshold):
+    generator = torch.Generator().manual_seed(0)
+    log_ratio, mask = 0.4 * torch.randn(6, 9, generator=generator), torch.rand(6, 9, generator=generator) > 0.3
+    mask[2] = False
+    log_ratio[4, 0], mask[4, 0] = 30.0, True
+    expected, _ = their_weights()(log_ratio, mask.float(), level, threshold)
+    kind = {"importance": "truncate"} if threshold == 1.5 else {"importance": "mask", "importance_floor": 0.5}
+    spec = PolicyLossSpec(**kind, importance_level=level, importance_cap=1.5)
+    ids = torch.arange(6)[:, None].expand(6, 9).reshape(-1)
+    options = {"sequence_ids": ids, "mask": mask.reshape(-1)}
+    weight, bounded = importance_weight(log_ratio.reshape(-1), torch.zeros(54), spec, **options)
+    torch.testing.assert_close(weight.view(6, 9)[mask], expected[mask])
+    assert 0 < int(bounded[mask.reshape(-1)].sum()) < int(mask.sum())
 
 
 def test_entropy_is_not_rounded_to_bf16(theirs):

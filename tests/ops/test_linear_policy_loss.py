@@ -23,6 +23,9 @@ SPECS = {
     "truncate": PolicyLossSpec(importance="truncate"),
     "mask": PolicyLossSpec(ratio="none", importance="mask", kl="k3"),
     "sequence": PolicyLossSpec(ratio="sequence"),
+    "weighed": PolicyLossSpec(importance="truncate", importance_level="sequence", kl="k3", kl_coef=0.1),
+    "geometric": PolicyLossSpec(ratio="none", importance="truncate", importance_level="geometric", importance_cap=1.5),
+    "weighed sequence": PolicyLossSpec(ratio="sequence", importance="truncate", importance_level="geometric"),
     "all": PolicyLossSpec(dual_clip=3.0, kl="k3", kl_coef=0.1, entropy_coef=0.1, importance="truncate"),
 }
 
@@ -362,6 +365,63 @@ def test_autocast_is_the_explicit_cast(spec):
     assert torch.equal(out.loss_sum, expected.loss_sum)
     for name, gradient in grads.items():
         assert gradient.dtype == torch.float32 and torch.equal(gradient, twin[name].float()), name
+
+
+WEIGHED = {
+    "truncate": PolicyLossSpec(importance="truncate", importance_level="sequence"),
+    "mask": PolicyLossSpec(importance="mask", importance_level="geometric", importance_cap=1.6, importance_floor=1.0),
+    "cispo": PolicyLossSpec(gate="cispo", importance="mask", importance_level="sequence", importance_floor=0.2),
+    "all": PolicyLossSpec(dual_clip=3.0, entropy_coef=0.1, importance="truncate", importance_level="geometric"),
+}
+
+
+@pytest.mark.parametrize("statistics", ["all", "active"])
+@pytest.mark.parametrize("has_behaviour", [True, False])
+@pytest.mark.parametrize("spec", WEIGHED.values(), ids=WEIGHED.keys())
+def test_weights_of_sequences_are_those_of_whole_sequences(spec, has_behaviour, statistics):
+    """Chunks cut sequences, their tokens lie apart, some have no advantage, some are masked: the weight counts them all."""
+    case = head_case(41, 50)
+    columns = columns_for(case)
+    columns["sequence_ids"] = 3 * (torch.arange(41) * 17 % 7)  # seven sequences, ids 0 to 18 in no order
+    columns["sampler_logp"] = columns["behaviour_logp"] + columns["sequence_ids"] * 0.02 - 0.2
+    columns["advantages"][columns["sequence_ids"] == 3] = 0.0
+    columns["mask"] &= columns["sequence_ids"] != 6
+    if not has_behaviour:
+        columns["sampler_logp"] += columns["ref_logp"] - columns["behaviour_logp"]
+        del columns["behaviour_logp"]
+    exact, expected = run(case, spec, columns, impl="reference", dtype=torch.float64)
+    strategies = {"B": False, "F": True, **({"A": False} if has_behaviour else {}), "auto": False}
+    for strategy, frozen in strategies.items():
+        fresh = case.to(torch.float32)
+        fresh.weight.requires_grad_(not frozen)
+        options = {**columns, "strategy": strategy, "statistics": statistics, "chunk_tokens": 8}
+        advantages = options.pop("advantages")
+        out = linear_policy_loss(fresh.hidden, fresh.weight, fresh.ids, advantages, spec, **options)
+        out.loss_sum.backward()
+        torch.testing.assert_close(out.loss_sum.double(), exact.loss_sum, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(fresh.hidden.grad.double(), expected["d_hidden"], rtol=1e-4, atol=1e-5)
+        if not frozen:
+            torch.testing.assert_close(fresh.weight.grad.double(), expected["d_weight"], rtol=1e-4, atol=1e-5)
+        kept = out.computed
+        assert torch.equal(kept | columns["mask"], columns["mask"])
+        torch.testing.assert_close(out.ratio[kept].double(), exact.ratio[kept], rtol=1e-4, atol=1e-5)
+        assert torch.equal(out.clipped, exact.clipped)
+        if statistics == "active" and not spec.acts_at_zero_advantage:
+            skipped = columns["mask"] & (columns["sequence_ids"] == 3)
+            assert skipped.any() and not kept[skipped].any(), "a sequence without any advantage needs no weight"
+
+
+def test_a_weight_of_sequences_that_is_not_known_beforehand_makes_no_gradient_in_forward():
+    case = head_case(6, 20)
+    spec, ids = WEIGHED["truncate"], torch.arange(6) // 3
+    columns = {"sampler_logp": torch.zeros(6), "sequence_ids": ids}
+    arguments = (case.hidden, case.weight, case.ids, torch.ones(6), spec)
+    with pytest.raises(ValueError, match=r"allowed: auto \| B \| F, as a sequence's importance weight without"):
+        linear_policy_loss(*arguments, **columns, strategy="A")
+    for behaviour, products in ((None, 4), (torch.zeros(6), 3)):
+        with Recorder() as recorder:
+            linear_policy_loss(*arguments, **columns, behaviour_logp=behaviour).loss_sum.backward()
+        assert len(recorder.products) == products
 
 
 def test_wrong_input_is_named():

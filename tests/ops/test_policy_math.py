@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fastreason_kernels import PolicyLossSpec, policy_loss
+from fastreason_kernels import PolicyLossSpec, importance_weight, policy_loss
 
 F64 = torch.float64
 
@@ -132,6 +132,159 @@ def test_importance_weight_without_behaviour_uses_the_detached_logp():
     assert loss == pytest.approx(-3.0) and g_logp == pytest.approx(-3.0)
 
 
+@pytest.mark.parametrize(
+    ("factor", "weight"), [(0.4, 0.0), (0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (2.1, 0.0)], ids=lambda x: str(x)
+)
+def test_masked_weights_are_kept_between_floor_and_cap(factor, weight):
+    spec = PolicyLossSpec(importance="mask", importance_floor=0.5, importance_cap=2.0, kl="k2", kl_coef=1.0)
+    # Powers of two and a sampler at 0 make the bounds themselves exact.
+    columns = {"behaviour_logp": math.log(factor), "sampler_logp": 0.0, "ref_logp": math.log(factor) - 2.0}
+    loss, g_logp, _, _ = one_token(spec, logp=math.log(factor), **columns)
+    assert loss == pytest.approx(-weight + 2.0) and g_logp == pytest.approx(-weight + 2.0)
+
+
+# Two sequences, interleaved, their ids in no order: 7 has tokens 0, 2, 4 (3 is masked), 3 has 1 and 5, 9 is masked whole.
+WEIGHED_IDS = torch.tensor([7, 3, 7, 7, 7, 3, 9])
+WEIGHED_MASK = torch.tensor([True, True, True, False, True, True, False])
+LOG_WEIGHTS = [0.5, -1.0, 0.7, math.nan, -0.3, 0.4, math.nan]
+PRODUCTS = {7: math.exp(0.9), 3: math.exp(-0.6)}
+MEANS = {7: math.exp(0.3), 3: math.exp(-0.3)}
+SEQUENCE_WEIGHTS = [
+    # level, kind, cap, floor, weight of 7, weight of 3
+    ("sequence", "truncate", 3.0, 0.0, PRODUCTS[7], PRODUCTS[3]),
+    ("sequence", "truncate", 2.0, 0.0, 2.0, PRODUCTS[3]),
+    ("sequence", "mask", 2.0, 0.0, 0.0, PRODUCTS[3]),
+    ("sequence", "mask", 3.0, 0.6, PRODUCTS[7], 0.0),
+    ("geometric", "truncate", 3.0, 0.0, MEANS[7], MEANS[3]),
+    ("geometric", "truncate", 1.2, 0.0, 1.2, MEANS[3]),
+    ("geometric", "mask", 1.2, 0.5, 0.0, MEANS[3]),
+    ("geometric", "mask", 1.5, 0.8, MEANS[7], 0.0),
+]
+
+
+@pytest.mark.parametrize("has_behaviour", [True, False])
+@pytest.mark.parametrize(("level", "kind", "cap", "floor", "first", "second"), SEQUENCE_WEIGHTS)
+def test_weights_of_sequences_by_hand(level, kind, cap, floor, first, second, has_behaviour):
+    spec = PolicyLossSpec(
+        importance=kind, importance_level=level, importance_cap=cap, importance_floor=floor, kl="k2", kl_coef=1.0
+    )
+    logp = column(-1.0, -2.0, -1.5, math.nan, -0.5, -2.5, math.nan).requires_grad_()
+    # Without behaviour_logp the log-probabilities stand for it, detached: the weight has no gradient of its own.
+    behaviour = logp.detach() - (0.1 if has_behaviour else 0.0)
+    advantages = column(1.0, -2.0, 0.5, math.nan, 3.0, 1.0, math.nan)
+    out = policy_loss(
+        logp,
+        None,
+        advantages,
+        spec,
+        behaviour_logp=behaviour if has_behaviour else None,
+        ref_logp=logp.detach() + 1.0,
+        sampler_logp=behaviour - column(*LOG_WEIGHTS),
+        sequence_ids=WEIGHED_IDS,
+        mask=WEIGHED_MASK,
+    )
+    ratio = math.exp(0.1) if has_behaviour else 1.0
+    total = -ratio * (first * (1.0 + 0.5 + 3.0) + second * (-2.0 + 1.0)) + 5 * 0.5
+    assert float(out.loss_sum.detach()) == pytest.approx(total)
+    out.loss_sum.backward()
+    policy = -ratio * column(first, -2.0 * second, 0.5 * first, 0.0, 3.0 * first, second, 0.0)
+    torch.testing.assert_close(logp.grad, policy - WEIGHED_MASK.double())
+    # The same weights from the function that a trainer logs.
+    weight, bounded = importance_weight(
+        behaviour, behaviour - column(*LOG_WEIGHTS), spec, sequence_ids=WEIGHED_IDS, mask=WEIGHED_MASK
+    )
+    assert weight[WEIGHED_MASK].tolist() == pytest.approx([first, second, first, first, second])
+    raw = {"sequence": PRODUCTS, "geometric": MEANS}[level]
+    changed = {7: first != raw[7], 3: second != raw[3]}
+    assert bounded[WEIGHED_MASK].tolist() == [changed[7], changed[3], changed[7], changed[7], changed[3]]
+
+
+def test_weights_of_single_tokens_are_the_same_at_every_level():
+    logp, advantages = column(-1.0, -3.0, -2.0), column(1.0, -1.0, 2.0)
+    sampler, ids = column(-1.4, -2.0, -2.2), torch.tensor([5, 1, 3])
+    totals = []
+    for level in ("token", "sequence", "geometric"):
+        spec = PolicyLossSpec(importance="truncate", importance_level=level)
+        leaf = logp.clone().requires_grad_()
+        out = policy_loss(leaf, None, advantages, spec, sampler_logp=sampler, sequence_ids=ids)
+        totals.append([out.loss_sum.detach(), *torch.autograd.grad(out.loss_sum, leaf)[0]])
+    assert totals[0] == totals[1] == totals[2] and abs(float(totals[0][0])) > 0.5
+
+
+def test_the_gradient_of_weighted_sequences_is_that_of_autograd():
+    """The weights as constants, written down a second time, under a sequence's ratio and a clip."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(12, generator=generator, dtype=F64).requires_grad_()
+    behaviour, sampler = (logp.detach() + 0.3 * torch.randn(12, generator=generator, dtype=F64) for _ in range(2))
+    advantages = torch.randn(12, generator=generator, dtype=F64)
+    ids = torch.tensor([4, 0, 4, 2, 2, 0, 4, 2, 0, 0, 2, 4])
+    spec = PolicyLossSpec(ratio="sequence", importance="truncate", importance_level="sequence", importance_cap=1.1)
+    columns = {"behaviour_logp": behaviour, "sampler_logp": sampler, "sequence_ids": ids}
+    out = policy_loss(logp, None, advantages, spec, **columns)
+    total, weights = 0.0, []
+    for name in (0, 2, 4):
+        tokens = ids == name
+        ratio = (logp - behaviour)[tokens].mean().exp()
+        weights.append(min(1.1, float((behaviour - sampler)[tokens].sum().exp())))
+        clipped = torch.minimum(ratio * advantages[tokens], ratio.clamp(0.8, 1.2) * advantages[tokens])
+        total = total - weights[-1] * clipped.sum()
+    assert 1.1 in weights and min(weights) < 1.05
+    (ours,), (theirs,) = (torch.autograd.grad(x, logp) for x in (out.loss_sum, total))
+    torch.testing.assert_close(out.loss_sum, total)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("gap", "weight"), [(3.0, 20.0), (-3.0, -20.0)])
+def test_a_long_sequence_has_a_finite_weight(gap, weight):
+    spec = PolicyLossSpec(importance="truncate", importance_level="sequence", importance_cap=1e12)
+    logp = torch.full((4000,), -5.0).requires_grad_()
+    ids = torch.zeros(4000, dtype=torch.int64)
+    found, _ = importance_weight(logp, logp.detach() - gap, spec, sequence_ids=ids)
+    assert not found.requires_grad and found.log().tolist() == pytest.approx([weight] * 4000, rel=1e-5)
+    out = policy_loss(logp, None, torch.ones(4000), spec, sampler_logp=logp.detach() - gap, sequence_ids=ids)
+    out.loss_sum.backward()
+    assert bool(logp.grad.isfinite().all()) and bool((logp.grad != 0).all())
+
+
+def test_without_importance_every_weight_is_one():
+    weight, bounded = importance_weight(column(-1.0, -2.0), column(-9.0, -2.0), PolicyLossSpec())
+    assert weight.tolist() == [1.0, 1.0] and not bounded.any()
+    spec = PolicyLossSpec(importance="mask", importance_level="geometric")
+    with pytest.raises(ValueError, match="sequence_ids: None, but importance_level is 'geometric'"):
+        importance_weight(column(-1.0), column(-1.0), spec)
+
+
+@pytest.mark.parametrize(
+    ("fields", "alone", "with_behaviour"),
+    [
+        ({}, False, False),
+        ({"importance": "truncate"}, False, False),
+        ({"importance_level": "sequence"}, False, False),
+        ({"importance": "truncate", "importance_level": "sequence"}, True, False),
+        ({"importance": "mask", "importance_level": "geometric", "ratio": "none"}, True, False),
+        ({"importance": "mask", "importance_level": "geometric", "gate": "cispo"}, True, False),
+        ({"ratio": "sequence"}, False, True),
+        ({"ratio": "sequence", "importance": "truncate"}, True, True),
+        ({"ratio": "sequence", "importance": "truncate", "gate": "cispo"}, False, True),
+        ({"ratio": "sequence", "importance": "truncate", "importance_level": "sequence", "gate": "cispo"}, True, True),
+    ],
+)
+def test_which_losses_couple_tokens(fields, alone, with_behaviour):
+    """By the Jacobian of the gradient: whether a token's gradient changes with the log-probability of another."""
+    spec = PolicyLossSpec(**fields, clip_low=None, clip_high=None)
+    assert (spec.couples_tokens(False), spec.couples_tokens(True)) == (alone, with_behaviour)
+    ids, advantages, sampler = torch.tensor([0, 0, 1]), column(1.0, 2.0, 1.0), column(-1.3, -0.9, -2.0)
+
+    def gradient(logp, behaviour):
+        leaf = logp.clone().requires_grad_()
+        columns = {"behaviour_logp": behaviour, "sampler_logp": sampler, "sequence_ids": ids}
+        return torch.autograd.grad(policy_loss(leaf, None, advantages, spec, **columns).loss_sum, leaf)[0]
+
+    start, moved = column(-1.0, -1.0, -1.0), column(-1.0, -1.1, -1.0)
+    for behaviour, coupled in ((None, alone), (column(-1.1, -1.2, -0.9), with_behaviour)):
+        assert bool(gradient(start, behaviour)[0] != gradient(moved, behaviour)[0]) is coupled
+
+
 def test_sequence_ratio_by_hand():
     """GSPO: two sequences, interleaved; the masked token counts for neither mean nor sum."""
     logp = column(-1.0, -2.0, -1.5, -9.0, -2.5).requires_grad_()
@@ -254,6 +407,18 @@ def test_gradient_of_each_kl_estimator_in_expectation():
         ({"sapo_tau_pos": 0.0}, "PolicyLossSpec.sapo_tau_pos"),
         ({"sapo_tau_neg": -1.0}, "PolicyLossSpec.sapo_tau_neg"),
         ({"importance_cap": 0.0}, "PolicyLossSpec.importance_cap"),
+        (
+            {"importance": "mask", "importance_level": "seq"},
+            r"PolicyLossSpec.importance_level: got 'seq', allowed: token \| sequence \| geometric",
+        ),
+        ({"importance": "mask", "importance_floor": -0.1}, "PolicyLossSpec.importance_floor: got -0.1"),
+        ({"importance": "mask", "importance_floor": math.nan}, "PolicyLossSpec.importance_floor: got nan"),
+        (
+            {"importance": "mask", "importance_floor": 2.1},
+            "importance_floor: got 2.1, allowed: 0 to importance_cap = 2.0",
+        ),
+        ({"importance": "truncate", "importance_floor": 0.5}, "got 0.5, allowed: 0 when importance is 'truncate'"),
+        ({"importance_floor": 0.5}, "got 0.5, allowed: 0 when importance is 'none'"),
     ],
 )
 def test_spec_names_what_is_wrong(fields, message):
@@ -267,6 +432,11 @@ def test_spec_names_what_is_wrong(fields, message):
         (PolicyLossSpec(kl="k3"), {}, "ref_logp: None"),
         (PolicyLossSpec(importance="mask"), {}, "sampler_logp: None"),
         (PolicyLossSpec(ratio="sequence"), {}, "sequence_ids: None"),
+        (
+            PolicyLossSpec(importance="mask", importance_level="geometric"),
+            {"sampler_logp": torch.zeros(3)},
+            "sequence_ids: None",
+        ),
         (PolicyLossSpec(entropy_coef=0.1), {}, "entropy: None"),
         (PolicyLossSpec(), {"mask": torch.ones(3)}, "mask: dtype torch.float32, allowed: a bool"),
         (PolicyLossSpec(), {"token_weight": torch.ones(3, dtype=torch.int64)}, "token_weight: dtype"),

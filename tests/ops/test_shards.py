@@ -25,6 +25,7 @@ TIMEOUT_S = 90
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 SPLIT = ("weight", "bias", "lora_b")
 PPO = PolicyLossSpec(dual_clip=3.0, kl="k3", kl_coef=0.1, entropy_coef=0.1, importance="mask")
+WEIGHED = PolicyLossSpec(importance="truncate", importance_level="sequence", importance_cap=1e4)
 FP32, BF16 = torch.float32, torch.bfloat16
 # (dtype, which leaves, policy spec or None, what else the operation is given); a tensor's name stands for the tensor.
 CASES = {
@@ -44,6 +45,8 @@ CASES = {
     "ppo in bf16": (BF16, "bias", PolicyLossSpec(clip_low=None, clip_high=None, entropy_coef=0.1), {"mask": "mask"}),
     "sequence": (FP32, "lora bias", PolicyLossSpec(ratio="sequence"), {"mask": "mask"}),
     "on-policy": (FP32, "", PolicyLossSpec(ratio="sequence", entropy_coef=0.1), {"behaviour_logp": None}),
+    "weighed": (FP32, "bias", WEIGHED, {"mask": "mask"}),
+    "weighed on-policy": (FP32, "", WEIGHED, {"mask": "mask", "behaviour_logp": None}),
     "nothing active": (FP32, "", PolicyLossSpec(), {"mask": "nothing"}),
     "ppo with an empty shard": (FP32, "bias removed", PPO, {"mask": "mask"}),
     "compiled ppo": (FP32, "compiled", PPO, {"mask": "mask"}),

@@ -18,6 +18,7 @@ HEALTHY = {
     "loss/kl": 0.01,
     "train/grad_norm": 0.5,
     "mismatch/logp_abs_mean": 0.01,
+    "mismatch/ess": 0.98,
     "rollout/staleness_max": 0.0,
 }
 
@@ -58,6 +59,7 @@ CASES = [
     ({"reward/timeouts": 2.0}, 3, "deadline_s"),
     ({"loss/entropy": 0.01}, 1, "entropy_floor"),
     ({"mismatch/logp_abs_mean": 0.11}, 1, "mismatch_warning"),
+    ({"mismatch/ess": 0.3}, 3, "max_staleness"),
     ({"train/grad_norm": math.nan}, 1, "not finite"),
     ({"train/grad_norm": math.inf}, 1, "not finite"),
     ({"train/grad_norm": None}, 1, "not finite"),
@@ -72,6 +74,10 @@ def test_fires_once_and_again_only_after_it_has_cleared(bad, after, advice):
     first, again = after, after + 4 + 1 + after
     assert fired == [first, again]
     assert advice in messages[first - 1][0] and f"step {first}:" in messages[first - 1][0]
+
+
+def test_a_step_without_a_token_has_no_sample_size_to_warn_about():
+    assert feed(make_alerts(), [{"mismatch/ess": 0.0}] * 5) == [[]] * 5
 
 
 def test_too_few_steps_in_a_row_do_not_fire():

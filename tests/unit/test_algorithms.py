@@ -4,21 +4,26 @@ import math
 
 import pytest
 import torch
+import yaml
 from fastreason_kernels import policy_loss
 
-from fastreason.algorithms import ALGORITHMS, resolve_algorithm
-from fastreason.config import parse_config
+from fastreason.algorithms import ALGORITHMS, Algorithm, resolve_algorithm
+from fastreason.config import dump_config, parse_config
 from fastreason.errors import ConfigError
 from fastreason.packing import collate, loss_denominator, rows_of, units_of
 from fastreason.types import Grade, Group, Prompt, Sample
 
 
-def config(samples_per_prompt=2, **algorithm):
+def config(samples_per_prompt=2, max_staleness=1, **algorithm):
     return parse_config(
         {
             "model": {"path": "none"},
             "data": {"task": "chain_sum"},
-            "rollout": {"samples_per_prompt": samples_per_prompt, "max_new_tokens": 5},
+            "rollout": {
+                "samples_per_prompt": samples_per_prompt,
+                "max_new_tokens": 5,
+                "max_staleness": max_staleness,
+            },
             "train": {"steps": 1, "prompts_per_step": 2},
             "algorithm": algorithm,
         }
@@ -55,7 +60,8 @@ def test_a_row_without_overrides_is_as_published():
             0.2,
             None,
         )
-        assert (spec.kl, spec.entropy_coef) == ("none", 0.0)
+        assert (spec.kl, spec.entropy_coef, spec.importance) == ("none", 0.0, "none")
+        assert (algorithm.filter, algorithm.truncated) == ("none", "keep")
         assert (algorithm.aggregation, algorithm.ratio_against) == ("token_mean", "sampler")
 
 
@@ -76,6 +82,103 @@ def test_overrides_reach_the_spec_and_the_advantage():
     assert (spec.clip_low, spec.clip_high, spec.dual_clip, spec.entropy_coef) == (0.1, 0.28, 3.0, 0.01)
     assert (algorithm.aggregation, algorithm.ratio_against) == ("constant", "trainer")
     assert algorithm.advantage(torch.tensor([[1.0, 0.0]])).tolist() == [[0.5, -0.5]]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 4])
+def test_importance_weights_reach_the_spec_at_every_staleness(max_staleness):
+    keys = {"importance": "mask", "importance_level": "geometric", "importance_cap": 3.0, "importance_floor": 0.25}
+    resolved = resolve_algorithm(config(max_staleness=max_staleness, ratio_against="trainer", **keys))
+    assert {key: getattr(resolved.spec, key) for key in keys} == keys
+    resolved = resolve_algorithm(config(max_staleness=max_staleness, ratio_against="trainer", importance="truncate"))
+    assert (resolved.spec.importance_level, resolved.spec.importance_cap, resolved.spec.importance_floor) == (
+        *("token", 2.0),
+        0.0,
+    )
+
+
+def test_filters_and_truncation_are_resolved():
+    resolved = resolve_algorithm(config(filter="both"))
+    assert (resolved.filter, resolved.filtered) == ("both", "zero")
+    resolved = resolve_algorithm(config(filter="constant", filtered="refill", max_refills=3, truncated="mask"))
+    assert (resolved.filter, resolved.filtered, resolved.truncated) == ("constant", "refill", "mask")
+    resolved = resolve_algorithm(config(truncated="penalise", truncation_penalty=0.5, truncation_buffer=5))
+    assert (resolved.truncated, resolved.truncation_penalty, resolved.truncation_buffer) == ("penalise", 0.5, 5)
+
+
+def test_a_row_has_defaults_that_a_config_overrides(monkeypatch):
+    row = Algorithm(
+        advantage="grpo",
+        loss="clip",
+        paper="",
+        ratio_against="trainer",
+        loss_args={"clip_high": 0.28, "importance": "truncate"},
+        filter="both",
+        filtered="refill",
+        truncated="mask",
+    )
+    monkeypatch.setitem(ALGORITHMS, "shaped", row)
+    resolved = resolve_algorithm(config(name="shaped"))
+    assert (resolved.spec.clip_high, resolved.spec.importance) == (0.28, "truncate")
+    assert (resolved.filter, resolved.filtered, resolved.truncated) == ("both", "refill", "mask")
+    # A key of what the row asks for may stand alone.
+    assert resolve_algorithm(config(name="shaped", max_refills=2, importance_cap=1.5)).spec.importance_cap == 1.5
+    changed = resolve_algorithm(
+        config(name="shaped", importance="none", filtered="zero", truncated="keep", filter="constant")
+    )
+    assert (changed.spec.importance, changed.filter, changed.filtered) == ("none", "constant", "zero")
+    assert changed.truncated == "keep"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"importance": "truncate"},
+            r"algorithm\.importance=truncate with algorithm\.ratio_against=sampler.*Use algorithm\.ratio_against=trainer",
+        ),
+        (
+            {"importance_level": "sequence"},
+            r"algorithm\.importance_level=sequence: has no effect without algorithm\.imp",
+        ),
+        ({"importance_cap": 3.0}, r"algorithm\.importance_cap=3\.0: has no effect without algorithm\.importance"),
+        ({"importance_floor": 0.5}, r"algorithm\.importance_floor: got 0\.5, allowed: 0 when importance is 'none'"),
+        (
+            {"importance": "truncate", "ratio_against": "trainer", "importance_floor": 0.5},
+            r"algorithm\.importance_floor: got 0\.5, allowed: 0 when importance is 'truncate'",
+        ),
+        (
+            {"importance": "mask", "ratio_against": "trainer", "importance_floor": 2.5},
+            r"algorithm\.importance_floor: got 2\.5, allowed: 0 to importance_cap = 2\.0",
+        ),
+        ({"filtered": "zero"}, r"algorithm\.filtered=zero: has no effect without algorithm\.filter other than none"),
+        ({"filtered": "zero", "filter": "none"}, r"algorithm\.filtered=zero: has no effect"),
+        ({"max_refills": 3}, r"algorithm\.max_refills=3: has no effect without algorithm\.filtered=refill"),
+        ({"max_refills": 3, "filter": "both"}, r"algorithm\.max_refills=3: has no effect"),
+        (
+            {"truncation_penalty": 0.5},
+            r"algorithm\.truncation_penalty=0\.5: has no effect without algorithm\.truncated",
+        ),
+        ({"truncation_buffer": 2, "truncated": "mask"}, r"algorithm\.truncation_buffer=2: has no effect without"),
+        (
+            {"truncation_buffer": 6, "truncated": "penalise"},
+            r"algorithm\.truncation_buffer=6 is more than rollout\.max_new_tokens=5",
+        ),
+        (
+            {"name": "reinforce", "filter": "both", "samples_per_prompt": 1},
+            r"algorithm\.filter=both with rollout\.samples_per_prompt=1: every group of one response is left out",
+        ),
+    ],
+)
+def test_what_could_have_no_effect_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_algorithm(config(**keys))
+
+
+def test_a_resolved_config_resolves_again():
+    """A run's dumped config names every key, those at their defaults too."""
+    dumped = parse_config(yaml.safe_load(dump_config(config(filter="both", filtered="refill", truncated="penalise"))))
+    assert resolve_algorithm(dumped).filtered == "refill"
+    assert resolve_algorithm(parse_config(yaml.safe_load(dump_config(config())))).filter == "none"
 
 
 def test_the_default_advantage_is_that_of_the_row():

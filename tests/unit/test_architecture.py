@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
-PURE = {"advantages", "losses", "packing", "rewards"}
-PLUMBING = {"metrics", "exchange", "processes", "ranks", "models", "session"}
+PURE = {"advantages", "filtering", "losses", "packing", "rewards"}
+PLUMBING = {"metrics", "ledger", "exchange", "transport", "processes", "ranks", "models", "session", "patience", "beats", "trace"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
 PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report", "training"}
@@ -29,14 +29,20 @@ ALLOWED = {
     "cores": {"errors"},
     "metrics": FOUNDATION,
     "exchange": FOUNDATION,
+    "transport": FOUNDATION,
+    "ledger": FOUNDATION,
     "processes": FOUNDATION,
     "ranks": FOUNDATION,
     "models": FOUNDATION,
     "session": FOUNDATION,
+    "patience": set(),
+    "beats": {"patience"},
     "figures": MEANING,
     "alerts": FOUNDATION,
     "display": FOUNDATION | {"alerts", "metrics"},
-    "report": FOUNDATION | {"metrics"},
+    "trace": set(),
+    "replay": FOUNDATION | {"rollout"},
+    "report": FOUNDATION | {"metrics", "trace", "ledger"},
     "probes": FOUNDATION | {"processes"},
     "machine": FOUNDATION,
     "doctor": FOUNDATION | {"machine", "probes"},
@@ -49,7 +55,7 @@ ALLOWED = {
     "update": MEANING | PLUMBING | {"policy"},
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
-    **dict.fromkeys(("cli", "preflight", "launch", "compose"), EVERYTHING),
+    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}

@@ -5,20 +5,17 @@ import math
 
 import pytest
 
-from fastreason.checkpoint import STATE_FILE, CheckpointStore, TrainerState, read_state
+from fastreason.checkpoint import STATE_FILE, CheckpointStore, TrainerState, read_producer_state, read_state
 from fastreason.errors import CheckpointError
 
 
 def state(step, score=0.0):
-    producer = {"cursor": {"position": step}, "again": [{"id": "p", "text": "é"}], "trained": 2 * step}
-    return TrainerState(
-        step=step, version=step, num_groups=2 * step, score=score, producer=producer, figures={"tokens": 1}
-    )
+    return TrainerState(step=step, version=step, num_groups=2 * step, score=score, figures={"tokens": 1})
 
 
 def save(store, step, score=0.0):
     (store.aside(step) / "updater").write_text(f"weights of {step}")
-    return store.commit(state(step, score))
+    return store.commit(state(step, score), f"books of {step}".encode())
 
 
 def names(store):
@@ -34,6 +31,10 @@ def test_what_was_saved_comes_back(store):
     path = save(store, 12, score=0.25)
     assert path.name == "step-000012" and (path / "updater").read_text() == "weights of 12"
     assert store.latest() == (path, state(12, 0.25))
+    assert read_producer_state(path) == b"books of 12"
+    (path / "producer.msgpack").unlink()
+    with pytest.raises(CheckpointError, match="producer"):
+        read_producer_state(path)
 
 
 def test_a_score_of_nothing_yet_comes_back(store):
@@ -97,12 +98,12 @@ def test_nothing_to_resume_from_says_when_runs_save(store):
 def test_another_format_is_refused(store):
     path = save(store, 1)
     raw = json.loads((path / STATE_FILE).read_text())
-    (path / STATE_FILE).write_text(json.dumps({**raw, "format": 2}))
-    with pytest.raises(CheckpointError, match=r"step-000001: checkpoint format 2, this version reads 1"):
+    (path / STATE_FILE).write_text(json.dumps({**raw, "format": 1}))
+    with pytest.raises(CheckpointError, match=r"step-000001: checkpoint format 1, this version reads 2"):
         store.latest()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', '{"format": 1, "unheard": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 2}', '{"format": 2, "unheard": 2}'])
 def test_a_state_that_cannot_be_read_is_named(store, text):
     path = save(store, 1)
     (path / STATE_FILE).write_text(text)

@@ -13,6 +13,8 @@ from fastreason.checkpoint import CheckpointStore, TrainerState
 from fastreason.config import load_config
 from fastreason.errors import ConfigError, EngineError
 from fastreason.preflight import anchor_paths
+from fastreason.replay import REPLAYED, write_batch
+from fastreason.types import Grade, Group, Prompt, Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -43,7 +45,10 @@ def test_the_help_lists_the_commands_and_not_the_hidden_one(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "train" in text and "doctor" in text and "fastreason train configs/quickstart.yaml" in text
+    assert (
+        all(name in text for name in ("train", "report", "doctor"))
+        and "fastreason train configs/quickstart.yaml" in text
+    )
     assert "_process" not in text and "SUPPRESS" not in text
     assert all(len(line) <= 100 for line in text.splitlines())
 
@@ -52,7 +57,7 @@ def test_the_help_of_train_names_its_options(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
-    assert all(part in text for part in ("--dry-run", "--resume", "key=value", "quickstart.yaml"))
+    assert all(part in text for part in ("--dry-run", "--resume", "--only", "--groups", "key=value", "quickstart.yaml"))
 
 
 def test_no_command_is_bad_input(capsys):
@@ -73,6 +78,13 @@ def test_no_command_is_bad_input(capsys):
         (["train", "c.yaml", "data.task=none"], "data.task='none'"),
         (["train", "--resume", "none"], "--resume none: no run there"),
         (["train", "c.yaml", "eval.num_prompts=20"], "eval.num_prompts=20"),
+        (["train", "c.yaml", "--groups", "g"], "--groups g: only --only train"),
+        (["train", "c.yaml", "--only", "rollout", "--groups", "g"], "--groups g: only --only train"),
+        (["train", "c.yaml", "--only", "train"], "--only train: give the groups"),
+        (["train", "c.yaml", "--only", "train", "--groups", "none"], "/none: no batch(es) there, train.steps=3"),
+        (["train", "c.yaml", "--only", "train", "--groups", "g", "eval.num_prompts=4"], "Pass eval.num_prompts=0"),
+        (["train", "--resume", "run", "--only", "rollout"], "--only rollout cannot be resumed"),
+        (["report", "run", "none"], "none: no run there"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_clear_message(config, capsys, arguments, message):
@@ -135,14 +147,14 @@ print("LOADED", code, sorted({"vllm", "deepspeed", "transformers", "datasets"} &
     assert "# unchecked, because it may need the network: model.path='some/model'" in done.stdout
 
 
-def finished_run(folder, steps_done):
+def finished_run(folder, steps_done, producer=b"state"):
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text((folder / "c.yaml").read_text())
     store = CheckpointStore(run, keep_last=1, keep_best=False)
     store.aside(steps_done)
-    state = TrainerState(step=steps_done, version=steps_done, num_groups=2 * steps_done, score=0.0, producer={})
-    store.commit(state)
+    state = TrainerState(step=steps_done, version=steps_done, num_groups=2 * steps_done, score=0.0)
+    store.commit(state, producer)
     return run
 
 
@@ -161,6 +173,74 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(config, capsys):
     (config.parent / "run" / "config.yaml").write_text(config.read_text())
     assert cli.main(["train", "--resume", "run"]) == 1
     assert "no complete checkpoint to resume from" in capsys.readouterr().err
+
+
+def write_groups(folder, num, prompts=2, samples=8):
+    """Batches of the size that the config asks for, where it is not said otherwise."""
+    grade = Grade(reward=1.0, correct=True)
+    sample = Sample(token_ids=[1], sampler_logp=[0.0], token_versions=[0], text="", finish_reason="stop", grade=grade)
+    prompt = Prompt(id="p", text="")
+    group = Group(ticket=0, prompt=prompt, prompt_token_ids=[1], samples=[sample] * samples, version_issued=0)
+    for number in range(1, num + 1):
+        write_batch(folder, number, [group] * prompts)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The calls of the launcher, which starts nothing."""
+    calls = []
+
+    def launch(config, run_dir, decisions, resume, only, groups_dir):
+        calls.append({"run_dir": run_dir, "resume": resume, "only": only, "groups_dir": groups_dir})
+        return 0
+
+    monkeypatch.setattr("fastreason.launch.launch", launch)
+    return calls
+
+
+def test_phases_reach_the_launcher(config, launched, tmp_path):
+    assert cli.main(["train", "c.yaml", "--only", "rollout", "run.name=one"]) == 0
+    write_groups(tmp_path / "g", 3)
+    assert cli.main(["train", "c.yaml", "--only", "train", "--groups", "g", "run.name=two"]) == 0
+    assert cli.main(["train", "c.yaml", "run.name=three"]) == 0
+    assert [(call["run_dir"].name, call["only"], call["groups_dir"]) for call in launched] == [
+        ("one", "rollout", None),
+        ("two", "train", tmp_path / "g"),
+        ("three", None, None),
+    ]
+
+
+def test_groups_are_checked_before_anything_starts(config, launched, capsys, tmp_path):
+    command = ["train", "c.yaml", "--only", "train", "--groups", "g"]
+    write_groups(tmp_path / "g", 2)
+    assert cli.main([*command, "--dry-run"]) == 2
+    assert "2 batch(es) there, train.steps=3. Pass train.steps=2" in capsys.readouterr().err
+    write_groups(tmp_path / "g", 3, prompts=4)
+    assert cli.main(command) == 2
+    assert "train.prompts_per_step=4, this run has train.prompts_per_step=2" in capsys.readouterr().err
+    write_groups(tmp_path / "g", 3, samples=5)
+    assert cli.main(command) == 2
+    assert "rollout.samples_per_prompt=5, this run has rollout.samples_per_prompt=8" in capsys.readouterr().err
+    (tmp_path / "g" / "batch-000003.msgpack").write_bytes(b"\xc1")
+    write_groups(tmp_path / "g", 2)
+    assert cli.main(command) == 2
+    assert "batch-000003.msgpack is no batch of groups" in capsys.readouterr().err
+    assert launched == [] and not Path("runs").exists()
+
+
+def test_training_on_written_groups_is_resumed_as_such_and_not_otherwise(config, launched, capsys, tmp_path):
+    run = finished_run(tmp_path, steps_done=2, producer=REPLAYED)
+    assert cli.main(["train", "--resume", "run"]) == 2
+    assert "was trained on written groups" in capsys.readouterr().err
+    write_groups(tmp_path / "g", 3)
+    (tmp_path / "g" / "batch-000001.msgpack").write_bytes(b"read no more")
+    assert cli.main(["train", "--resume", "run", "--only", "train", "--groups", "g"]) == 0
+    assert launched == [{"run_dir": run, "resume": True, "only": "train", "groups_dir": tmp_path / "g"}]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "c.yaml").write_text(config.read_text())
+    finished_run(plain, steps_done=2)
+    assert cli.main(["train", "--resume", "plain/run"]) == 0 and launched[-1]["only"] is None
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())

@@ -17,7 +17,7 @@ from fastreason.types import LoadReport, WeightUpdate
 pytestmark = pytest.mark.timeout(30)
 
 READY = wire.Ready(engine="fake", num_train_prompts=1, num_eval_prompts=0)
-BATCH = wire.Batch(groups=[], generate_s=1.0, grade_s=0.0, num_grader_timeouts=0, num_long_prompts=0)
+BATCH = wire.Batch(groups=[], generate_s=1.0, grade_s=0.0, figures={})
 UPDATE = WeightUpdate(path="x", version=4, checksum="ab", num_bytes=1)
 
 
@@ -67,19 +67,19 @@ def producer(*answers, ready=READY):
 
 def test_requests_carry_their_arguments_and_answers_come_out_of_their_envelopes():
     report = LoadReport(version=4, checksum="ab", num_tensors=1, held_bytes=0)
-    with producer(wire.Done(), BATCH, wire.Published(report), wire.State({"cursor": 1})) as script:
+    with producer(wire.Done(), BATCH, wire.Published(report), wire.State(b"one")) as script:
         client = ProducerClient(script.path, 5.0, 5.0)
         assert client.ready == READY
-        client.start(3, 36, {"again": []})
+        client.start(3, 36, b"start")
         assert client.next_batch() == BATCH
-        assert client.publish(UPDATE) == report
-        assert client.save_state(48) == {"cursor": 1}
+        assert client.publish(UPDATE, 12) == report
+        assert client.save_state(48, settle=True) == b"one"
         client.stop()
     assert script.requests == [
-        wire.Start(version=3, trained=36, state={"again": []}),
+        wire.Start(version=3, trained=36, state=b"start"),
         wire.NextBatch(),
         wire.Publish(UPDATE),
-        wire.SaveState(trained=48),
+        wire.SaveState(trained=48, settle=True),
     ]
 
 
@@ -88,9 +88,9 @@ def test_requests_carry_their_arguments_and_answers_come_out_of_their_envelopes(
     [
         lambda client: client.start(0, 0, None),
         lambda client: client.next_batch(),
-        lambda client: client.publish(UPDATE),
+        lambda client: client.publish(UPDATE, 12),
         lambda client: client.evaluate("before"),
-        lambda client: client.save_state(0),
+        lambda client: client.save_state(0, settle=False),
     ],
 )
 def test_a_failure_is_an_engine_error_with_its_message(call):
@@ -109,20 +109,20 @@ def test_a_failure_at_the_start_is_one_too():
 def test_answers_that_were_given_up_are_passed_over():
     """Told to stop while waiting for a batch; it comes with the state, before it."""
     stop = False
-    with producer([], [BATCH, wire.Done(), wire.State({"cursor": 9})]) as script:
+    with producer([], [BATCH, wire.Done(), wire.State(b"nine")]) as script:
         client = ProducerClient(script.path, 20.0, 5.0, lambda: stop)
         stop = True
         with pytest.raises(InterruptedWaitError, match="generating and grading the next batch"):
             client.next_batch()
-        assert client.save_state(0) == {"cursor": 9}
+        assert client.save_state(0, settle=False) == b"nine"
         client.stop()
 
 
 def test_saving_is_not_given_up():
     """It is what a run does when it is told to stop."""
-    with producer([0.8, wire.State({"cursor": 9})]) as script:
+    with producer([0.8, wire.State(b"nine")]) as script:
         client = ProducerClient(script.path, 20.0, 5.0, lambda: True)
-        assert client.save_state(0) == {"cursor": 9}
+        assert client.save_state(0, settle=False) == b"nine"
         client.stop()
 
 
@@ -132,11 +132,11 @@ def test_publishing_is_not_given_up():
     with producer([]) as script:
         client = ProducerClient(script.path, 0.8, 5.0, lambda: True)
         with pytest.raises(StuckError, match="loading version 4 into the engine"):
-            client.publish(UPDATE)
+            client.publish(UPDATE, 12)
         client.stop()
     with producer(wire.Published(report)) as script:
         client = ProducerClient(script.path, 5.0, 5.0, lambda: True)
-        assert client.publish(UPDATE) == report
+        assert client.publish(UPDATE, 12) == report
         client.stop()
 
 
@@ -145,7 +145,7 @@ def test_publishing_is_not_given_up():
     [
         (lambda client: client.next_batch(), "generating and grading the next batch"),
         (lambda client: client.evaluate("after"), r"evaluating \(after\)"),
-        (lambda client: client.save_state(0), "saving its state"),
+        (lambda client: client.save_state(0, settle=False), "saving its state"),
     ],
 )
 def test_a_producer_that_does_not_answer_is_named_with_what_it_was_doing(call, what):

@@ -157,7 +157,7 @@ def job_stages() -> dict[str, Any]:
         for num in (1, 3):
             updater = make_updater(stage, tiny_model())
             batches = micro_batches(mine, num, "shared" if num == 3 else "padded")
-            logp = updater.logprobs(batches, TEMPERATURE) if num == 1 else None
+            logp = updater.logprobs(batches, spec(), TEMPERATURE) if num == 1 else None
             results = run_updates(updater, batches)
             found[f"zero-{stage}/{num}"] = {"results": results, "weights": whole_weights(updater), "logp": logp}
     return found

@@ -150,6 +150,24 @@ def test_the_panel_shows_the_run(tmp_path):
         assert piece in text, piece
 
 
+def test_staleness_is_always_said_and_restarts_and_dropped_groups_once_there_are_any(tmp_path):
+    quiet = {"rollout/engine_restarts": 0.0, "rollout/producer_restarts": 0.0, "rollout/dropped": 0.0}
+    text = io.StringIO()
+    view = RunView(tmp_path, CONFIG)
+    with Display(tmp_path, CONFIG, console_to(text)), MetricsLog(tmp_path, CONFIG.log) as log:
+        log.write(metrics_of(1, **quiet, **{"rollout/staleness_mean": 0.0}))
+        view.poll()
+        assert "staleness 0.00" in panel_text(view) and "restarts" not in panel_text(view)
+        faults = {"rollout/engine_restarts": 2.0, "rollout/dropped": 5.0}
+        log.write(metrics_of(2, **{**quiet, **faults, "rollout/staleness_mean": 0.75}))
+    view.poll()
+    for shown in (text.getvalue().splitlines()[1], panel_text(view)):
+        assert all(piece in shown for piece in ("staleness 0.75", "engine restarts 2", "dropped 5 groups")), shown
+    first = text.getvalue().splitlines()[0]
+    assert "staleness 0.00" in first and "restarts" not in first and "dropped" not in first
+    assert "producer" not in text.getvalue() + panel_text(view)
+
+
 def test_a_terminal_gets_the_panel_and_its_cursor_back(tmp_path):
     text = io.StringIO()
     with Display(tmp_path, CONFIG, console_to(text, terminal=True)), MetricsLog(tmp_path, CONFIG.log) as log:

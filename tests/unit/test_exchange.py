@@ -1,26 +1,29 @@
 """The exchange file: a digest that any change shows in, a comparison tensor by tensor, a reader that never sees half."""
 
 import fcntl
+import socket
+import weakref
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from fastreason.exchange import Digest, ExchangeFolder, compare_held, read_weights, write_weights
+from fastreason.exchange import Digest, ExchangeFolder, compare_held, digest_file, read_weights, write_weights
 
 
 def tensors():
     return {
         "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
         "a": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "none": torch.zeros(0),
         "scalar": torch.tensor(3.0),
     }
 
 
 def digest_of(named):
     digest = Digest()
-    for name in sorted(named):
-        digest.add(name, named[name])
+    for name, tensor in named.items():
+        digest.add(name, tensor)
     return digest.hexdigest()
 
 
@@ -29,10 +32,46 @@ def test_both_sides_compute_the_same_digest(tmp_path):
     written = write_weights(path, tensors())
     digest = Digest()
     read = dict(read_weights(path, digest))
-    assert list(read) == ["a", "b", "scalar"]
+    assert list(read) == list(tensors()), "in the order in which they were written"
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
     assert digest.hexdigest() == written.hexdigest() == digest_of(tensors())
-    assert (written.num_tensors, written.num_bytes) == (3, 6 * 4 + 2 * 2 + 4)
+    assert (written.num_tensors, written.num_bytes) == (4, 6 * 4 + 2 * 2 + 4)
+    # Without making tensors of it, as the fake engine does.
+    untouched = digest_file(path)
+    assert (untouched.hexdigest(), untouched.num_tensors, untouched.num_bytes) == (written.hexdigest(), 4, 32)
+
+
+def test_the_file_is_one_that_others_read(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_weights(path, tensors())
+    loaded = load_file(path)
+    assert loaded.keys() == tensors().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors().items())
+    # And one that others wrote is read.
+    save_file(tensors(), path, metadata={"format": "pt"})
+    assert digest_file(path).num_bytes == 32 and dict(read_weights(path)).keys() == tensors().keys()
+
+
+def test_tensors_are_written_as_they_come_and_not_held(tmp_path):
+    alive = []
+
+    def stream():
+        for index in range(4):
+            tensor = torch.full((5,), float(index))
+            alive.append(weakref.ref(tensor))
+            yield f"t{index}", tensor
+            del tensor
+            assert sum(reference() is not None for reference in alive[:-1]) == 0
+
+    digest = write_weights(tmp_path / "w.safetensors", stream())
+    assert digest.hexdigest() == digest_of({f"t{index}": torch.full((5,), float(index)) for index in range(4)})
+
+
+def test_more_names_than_the_header_holds_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastreason.exchange.HEADER_BYTES", 100)
+    with pytest.raises(ValueError, match=r"names of 4 tensors take .* bytes, more than 100"):
+        write_weights(tmp_path / "w.safetensors", tensors())
+    assert not (tmp_path / "w.safetensors").exists()
 
 
 def test_the_digest_is_the_same_on_every_machine():
@@ -42,7 +81,7 @@ def test_the_digest_is_the_same_on_every_machine():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t.update(c=t.pop("b")),
+        lambda t: [t.update({name if name != "b" else "c": t.pop(name)}) for name in list(t)],
         lambda t: t.update(b=t["b"].reshape(3, 2)),
         lambda t: t.update(b=t["b"].view(torch.int32)),
         lambda t: t.update(b=t["b"] + torch.tensor([[0, 0, 0], [0, 0, 1e-6]])),
@@ -50,8 +89,9 @@ def test_the_digest_is_the_same_on_every_machine():
         lambda t: t.pop("scalar"),
         lambda t: t.update(d=torch.zeros(0)),
         lambda t: t.update(a=t["a"].flip(0)),
+        lambda t: t.update(b=t.pop("b")),
     ],
-    ids=["name", "shape", "dtype", "value", "sign of zero", "missing", "empty", "order"],
+    ids=["name", "shape", "dtype", "value", "sign of zero", "missing", "empty", "order within", "order"],
 )
 def test_any_change_shows_in_the_digest(change):
     changed = tensors()
@@ -65,18 +105,16 @@ def test_the_digest_sees_values_not_memory():
     assert digest_of(transposed) == digest_of({"b": tensors()["b"]})
 
 
-def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "w.safetensors"
     write_weights(path, tensors())
 
-    def torn(named, file):
-        with open(file, "wb") as half:
-            half.write(b"half")
+    def torn():
+        yield "b", torch.zeros(1)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fastreason.exchange.save_file", torn)
     with pytest.raises(OSError, match="no space left"):
-        write_weights(path, {"b": torch.zeros(1)})
+        write_weights(path, torn())
     assert digest_of(dict(read_weights(path))) == digest_of(tensors())
 
 
@@ -88,10 +126,12 @@ def test_a_damaged_file_does_not_read_as_weights(tmp_path):
     path.write_bytes(raw)
     digest = Digest()
     list(read_weights(path, digest))
-    assert digest.hexdigest() != written.hexdigest()
-    path.write_bytes(raw[:-3])
-    with pytest.raises(SafetensorError):
-        list(read_weights(path))
+    assert digest.hexdigest() == digest_file(path).hexdigest() != written.hexdigest()
+    for length in (len(raw) - 3, 9000, 9, 3, 0):
+        path.write_bytes(raw[:length])
+        for read in (digest_file, lambda path: list(read_weights(path))):
+            with pytest.raises(ValueError, match="is torn"):
+                read(path)
 
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -151,13 +191,16 @@ def test_an_exchange_folder_goes_where_there_is_room(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(tmp_path):
-    left, used, foreign = (tmp_path / name for name in ("fastreason-left", "fastreason-used", "other"))
-    for folder in (left, used, foreign):
+    left, used, elsewhere, foreign = (
+        tmp_path / name for name in ("fastreason-left", "fastreason-used", "fastreason-elsewhere", "other")
+    )
+    for folder in (left, used, elsewhere, foreign):
         folder.mkdir()
-        (folder / ".lock").touch()
+        (folder / ".lock").write_text(socket.gethostname())
         (folder / "weights").touch()
+    (elsewhere / ".lock").write_text("another-machine")
     with open(used / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ExchangeFolder(0, (tmp_path,)).remove()
         assert not left.exists()
-        assert (used / "weights").exists() and (foreign / "weights").exists()
+        assert all((folder / "weights").exists() for folder in (used, elsewhere, foreign))

@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 import torch
-from fastreason_kernels import PolicyLossOutput
+from fastreason_kernels import PolicyLossOutput, PolicyLossSpec
 
-from fastreason.figures import TokenTotals, rollout_figures
+from fastreason.figures import TokenTotals, effective_share, rollout_figures
 from fastreason.packing import Row, collate
 from fastreason.rollout.evaluation import summarise
 from fastreason.training import update_figures
@@ -38,7 +38,7 @@ def test_rollout_figures():
         group([sample(1.0, [3, 4, 5]), sample(1.0, [5])], issued=3),
         group([sample(0.0, []), sample(0.0, [])], issued=5),
     ]
-    figures = rollout_figures(groups, version=5)
+    figures = rollout_figures(groups, version=5, max_staleness=3)
     assert figures == {
         "reward/mean": 3 / 8,
         "reward/std": pytest.approx(math.sqrt(3 / 8 * 5 / 8)),
@@ -50,7 +50,23 @@ def test_rollout_figures():
         # The oldest token counts: 1, 0, 2; a group without a token, from the version that it was issued at: 0.
         "rollout/staleness_mean": 3 / 4,
         "rollout/staleness_max": 2.0,
+        "staleness/share_0": 1 / 2,
+        "staleness/share_1": 1 / 4,
+        "staleness/share_2": 1 / 4,
+        "staleness/share_3": 0.0,
+        "staleness/tokens_mean": pytest.approx((1 + 2 + 1) / 12),
     }
+    shares = {key for key in rollout_figures(groups, version=5) if "share_" in key}
+    assert shares == {"staleness/share_0", "staleness/share_1", "staleness/share_2"}
+
+
+def test_staleness_beyond_the_bound_counts_at_the_ends():
+    """Groups replayed from a folder know no bound: the keys stay those of a run."""
+    groups = [group([sample(0.0, [version])], issued=version) for version in (0, 4, 9)]
+    figures = rollout_figures(groups, version=5, max_staleness=1)
+    shares = {key: value for key, value in figures.items() if key.startswith("staleness/share")}
+    assert shares == {"staleness/share_0": pytest.approx(1 / 3), "staleness/share_1": pytest.approx(2 / 3)}
+    assert figures["rollout/staleness_max"] == 5.0
 
 
 def output(logp, entropy, kl, ratio, clipped, computed=None):
@@ -72,8 +88,8 @@ def micro_batch(sampler_logp, weight=1.0):
 NAN = math.nan
 
 
-def totals_of(*additions):
-    totals = TokenTotals()
+def totals_of(*additions, spec=PolicyLossSpec()):  # noqa: B008
+    totals = TokenTotals(spec)
     for addition in additions:
         totals.add(*addition)
     return TokenTotals.figures(*totals.packed())
@@ -99,7 +115,67 @@ def test_token_figures_over_two_micro_batches():
         "mismatch/logp_abs_mean": pytest.approx(0.25),
         "mismatch/logp_abs_max": 0.5,
         "mismatch/kl": pytest.approx((math.exp(-0.5) - 1 + 0.5) / 2, rel=1e-5),
+        "mismatch/ratio_mean": pytest.approx((1 + math.exp(-0.5)) / 2),
+        "mismatch/ratio_min": pytest.approx(math.exp(-0.5)),
+        "mismatch/ratio_max": 1.0,
+        "mismatch/ess": pytest.approx((1 + math.exp(-0.5)) ** 2 / (2 * (1 + math.exp(-1)))),
+        "mismatch/sequence_ess": 1.0,  # of a single one
+        "mismatch/weight_mean": 1.0,
+        "mismatch/weight_capped_share": 0.0,
     }
+
+
+def test_effective_sample_size_of_tokens_and_of_sequences():
+    """Three sequences in two micro-batches: log-ratios (0.2, 0.3), (-0.4), (30)."""
+    units = [[Row([1], [2, 2], [-1.2, -1.3], 1.0)], [Row([1], [2], [-0.6], 1.0)]]
+    first = collate(units, "padded")
+    figures = totals_of(
+        (first, output([-1.0] * 3, [0.0] * 3, [0.0] * 3, [1.0] * 3, [False] * 3), True),
+        (micro_batch([-31.0]), output([-1.0], [0.0], [0.0], [1.0], [False]), True),
+    )
+    bound = math.exp(20)
+    tokens = [math.exp(0.2), math.exp(0.3), math.exp(-0.4), bound]
+    sequences = [math.exp(0.5), math.exp(-0.4), bound]
+    for key, weights in (("ess", tokens), ("sequence_ess", sequences)):
+        expected = sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
+        assert figures[f"mismatch/{key}"] == pytest.approx(expected, rel=1e-5)
+    assert figures["mismatch/ratio_max"] == pytest.approx(bound, rel=1e-5)
+    assert figures["mismatch/ratio_min"] == pytest.approx(math.exp(-0.4), rel=1e-5)
+    assert figures["mismatch/logp_abs_max"] == 30.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"), [([2.0, 2.0, 2.0], 1.0), ([1.0, 0.0, 0.0, 0.0], 0.25), ([3.0, 1.0], 0.8), ([], 0.0)]
+)
+def test_effective_share_by_hand(weights, share):
+    assert effective_share(len(weights), sum(weights), sum(w * w for w in weights)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("spec", "mean", "capped"),
+    [
+        ({"importance": "truncate", "importance_cap": 1.2}, (1.2 + 1.2 + math.exp(-0.4)) / 3, 2 / 3),
+        ({"importance": "mask", "importance_cap": 1.3}, (math.exp(0.2) + math.exp(-0.4)) / 3, 1 / 3),
+        ({"importance": "mask", "importance_floor": 0.9}, (math.exp(0.2) + math.exp(0.3)) / 3, 1 / 3),
+        ({"importance": "truncate", "importance_level": "sequence"}, (2 * math.exp(0.5) + math.exp(-0.4)) / 3, 0.0),
+        (
+            {"importance": "mask", "importance_level": "geometric", "importance_cap": 1.28},
+            math.exp(-0.4) / 3,
+            2 / 3,
+        ),
+    ],
+)
+@pytest.mark.parametrize("first_update", [True, False])
+def test_what_the_correction_did(spec, mean, capped, first_update):
+    """At every update, by the log-probabilities that the loss takes: the recomputed ones where there are such."""
+    batch = collate([[Row([1], [2, 2], [-1.2, -1.3], 1.0)], [Row([1], [2], [-0.6], 1.0)]], "padded")
+    off = output([-1.0] * 3, [0.0] * 3, [0.0] * 3, [1.0] * 3, [False] * 3)
+    if not first_update:
+        batch.behaviour_logp_N = off.logp
+        off = off._replace(logp=off.logp - 5)
+    figures = totals_of((batch, off, first_update), spec=PolicyLossSpec(**spec))
+    assert figures["mismatch/weight_mean"] == pytest.approx(mean, rel=1e-5)
+    assert figures["mismatch/weight_capped_share"] == pytest.approx(capped)
 
 
 def test_fillers_and_tokens_that_were_not_computed_count_nothing():
@@ -124,7 +200,7 @@ def test_ranks_add_up():
     second = (micro_batch([-3.0]), output([-2.0], [1.0], [0.0], [2.0], [True]), True)
     ranks = []
     for addition in (first, second):
-        totals = TokenTotals()
+        totals = TokenTotals(PolicyLossSpec())
         totals.add(*addition)
         ranks.append(totals.packed())
     sums = [a + b for a, b in zip(ranks[0][0], ranks[1][0], strict=True)]
@@ -136,13 +212,15 @@ def test_update_figures_are_means_and_count_what_was_skipped():
     results = [
         UpdateResult(outputs=[], loss=0.5, grad_norm=1.0, lr=1e-3, applied=True),
         UpdateResult(outputs=[], loss=-0.1, grad_norm=3.0, lr=2e-3, applied=False),
+        UpdateResult(outputs=[], loss=0.0, grad_norm=0.0, lr=4e-3, applied=True, empty=True),
     ]
     assert update_figures(results) == {
         "loss/policy": pytest.approx(0.2),
         "train/grad_norm": 2.0,
-        "train/lr": 2e-3,
-        "train/updates": 2.0,
+        "train/lr": 4e-3,
+        "train/updates": 3.0,
         "train/skipped_updates": 1.0,
+        "train/empty_updates": 1.0,
     }
 
 

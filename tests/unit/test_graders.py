@@ -16,6 +16,8 @@ import pytest
 
 from fastreason.config import RewardConfig
 from fastreason.errors import ConfigError, RewardError
+from fastreason.patience import Patience
+from fastreason.rollout import deadline
 from fastreason.rollout.graders import GraderPool
 from fastreason.types import Grade, Prompt
 
@@ -31,6 +33,11 @@ def judge(text, prompt):
         time.sleep(float(text.split()[1]))
     elif text == "exit":
         os._exit(3)
+    elif text == "stop me":
+        os.kill(os.getpid(), 19)
+    elif text.startswith("right after"):
+        time.sleep(float(text.split()[-1]))
+        return 1.0
     elif text == "sys.exit":
         sys.exit(3)
     elif text.startswith("exit once"):
@@ -169,7 +176,7 @@ def test_an_answer_that_kills_its_grader_twice_is_wrong(
         assert await full_strength(pool, 1)
 
     with_pool(use, functions={judge: 1.0}, workers=1)
-    assert "killed its grader twice" in caplog.text
+    assert "killed its grader 2 times" in caplog.text
 
 
 def test_an_answer_whose_grader_died_once_is_tried_again(judge: str, tmp_path: Path) -> None:
@@ -200,6 +207,94 @@ def test_a_frozen_grader_is_late(judge: str) -> None:
         assert rewards(await pool.grade(SUM, ["7"])) == [1.0]
 
     with_pool(use, functions={judge: 1.0}, workers=1, deadline_s=1.0)
+
+
+@pytest.mark.parametrize("cut", ["before", "while", "deadline passed"])
+def test_a_grader_that_somebody_stops_makes_no_right_answer_wrong(judge: str, cut: str) -> None:
+    async def use(pool: GraderPool) -> None:
+        (pid,) = pool.pids
+        if cut == "before":
+            os.kill(pid, signal.SIGSTOP)
+        grading = asyncio.create_task(pool.grade(SUM, ["right after 0.8", "7", "8"]))
+        if cut != "before":
+            await asyncio.sleep(0.3)
+            os.kill(pid, signal.SIGSTOP)
+        if cut == "while":  # stopped for less than the deadline, and longer than the deadline in all
+            await asyncio.sleep(0.8)
+            os.kill(pid, signal.SIGCONT)
+        grades = await grading
+        assert rewards(grades) == [1.0, 1.0, 0.0] and not any(grade.timed_out for grade in grades)
+        assert pool.num_timeouts == 0
+        assert pool.num_deaths == (0 if cut == "while" else 1)
+        assert await full_strength(pool, 1)
+        assert (pool.pids == [pid]) == (cut == "while")
+
+    with_pool(use, functions={judge: 1.0}, workers=1, deadline_s=1.2)
+
+
+def test_a_grader_that_is_always_stopped_is_given_up(judge: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def use(pool: GraderPool) -> None:
+        grades = await pool.grade(SUM, ["7", "stop me", "7"])
+        assert rewards(grades) == [1.0, 0.0, 1.0]
+        assert pool.num_deaths == 4 and pool.num_timeouts == 0
+
+    with_pool(use, functions={judge: 1.0}, workers=1, deadline_s=0.5)
+    assert "froze its grader 4 times" in caplog.text
+
+
+class FakeTime:
+    """The clock and the state of a process as a `Deadline` sees them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
+        self.now, self.stopped, self.coreless_s = 0.0, False, 0.0
+        monkeypatch.setattr(Patience.__init__, "__defaults__", (lambda: self.now,))
+        monkeypatch.setattr(deadline, "_is_stopped", lambda pid: self.stopped)
+        monkeypatch.setattr(deadline, "_coreless_s", lambda pid: self.coreless_s)
+        self.deadline = deadline.Deadline(0, limit_s)
+
+    def until_late(self, coreless: float = 0.0) -> tuple[type[Exception], float]:
+        """The verdict and when it came, where the process waits for a core for a share `coreless` of the time."""
+        began = self.now
+        while True:
+            step = self.deadline.next_look_s
+            self.now += step
+            self.coreless_s += coreless * step
+            if (late := self.deadline.look()) is not None:
+                return type(late), self.now - began
+
+
+def test_the_deadline_counts_the_time_in_which_a_process_could_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_of() -> FakeTime:
+        return FakeTime(monkeypatch, 2.0)
+
+    assert time_of().until_late() == (deadline.LateError, pytest.approx(2.0, abs=0.02))
+    assert time_of().until_late(coreless=0.5) == (deadline.LateError, pytest.approx(4.0, abs=0.3))
+    assert time_of().until_late(coreless=1.0) == (deadline.FrozenError, pytest.approx(20.0, abs=0.3))
+    time = time_of()
+    time.stopped = True
+    assert time.until_late() == (deadline.FrozenError, pytest.approx(2.0, abs=0.02))
+    # We were stopped for an hour: at most two seconds of it count, and then the rest of its time is still its own.
+    time = FakeTime(monkeypatch, 5.0)
+    time.now += 3600
+    assert time.deadline.look() is None
+    assert time.until_late() == (deadline.LateError, pytest.approx(3.0, abs=0.02))
+
+
+def test_a_process_that_waits_for_a_core_is_seen_to() -> None:
+    core = max(os.sched_getaffinity(0))
+    spin = f"import os; os.sched_setaffinity(0, [{core}]); print(flush=True)\nwhile True: pass"
+    spinners = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(4)]
+    try:
+        for process in spinners:
+            assert process.stdout is not None
+            process.stdout.readline()
+        before = deadline._coreless_s(spinners[0].pid)
+        time.sleep(0.8)
+        assert deadline._coreless_s(spinners[0].pid) - before > 0.3, "three others had its core"
+    finally:
+        for process in spinners:
+            process.kill()
+            process.communicate()
 
 
 def test_a_user_function_that_raises_or_returns_nan_ends_the_run(judge: str) -> None:
@@ -344,6 +439,8 @@ def test_graders_die_with_their_parent(judge: str, tmp_path: Path) -> None:
 import asyncio, sys
 sys.path.insert(0, {str(tmp_path)!r})
 from fastreason.config import RewardConfig
+from fastreason.patience import Patience
+from fastreason.rollout import deadline
 from fastreason.rollout.graders import GraderPool
 from fastreason.types import Prompt
 async def main():

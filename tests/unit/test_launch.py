@@ -1,16 +1,24 @@
 """What the launcher checks before anything heavy starts, and how it names and keeps run folders."""
 
+import fcntl
 import json
 import signal
+import tempfile
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from fastreason import launch
+from fastreason import launch, supervise
 from fastreason.config import load_config, parse_config
+from fastreason.cores import available_cores
 from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
-from fastreason.launch import StopRequest, make_run_dir, trainer_command, write_config
+from fastreason.exchange import ExchangeFolder
+from fastreason.launch import StopRequest, make_run_dir, sweep_segments, trainer_command, write_config
 from fastreason.preflight import anchor_paths, check_prompts_offline, choose_device, preflight
+from fastreason.rollout import fake_server
+from fastreason.session import SEGMENTS, Session
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +185,88 @@ def test_the_ranks_start_under_the_elastic_launcher_on_loopback(make):
     assert command[-2:] == ["_process", "trainer"]
 
 
+# Which processes a run has
+
+
+@pytest.fixture
+def parts_of(make, tmp_path, monkeypatch):
+    """The parts of a run that nothing has been started of, with the session that they would read."""
+    monkeypatch.setattr(fake_server, "read_tokens", lambda *_: ([5, 6], 1))  # the model has no tokenizer
+
+    def parts(only=None, device="cpu", **sections):
+        config = make(**sections)
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        session = Session(
+            folder=str(folder), run_dir=str(folder), model_dir=config.model.path, engine_url=None,
+            exchange_dir=str(folder), device=device, attention="sdpa", liger=False, resume=False, only=only,
+        )  # fmt: skip
+        found = launch._parts(config, session)
+        return found, msgspec.json.decode((folder / "session.json").read_bytes(), type=Session)
+
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("only", "engine", "expected"),
+    [
+        (None, "vllm", ["vLLM server", "producer", "trainer"]),
+        (None, "fake", ["fake engine", "producer", "trainer"]),
+        (None, "hf", ["producer", "trainer"]),
+        ("rollout", "fake", ["fake engine", "producer", "collector"]),
+        ("train", "fake", ["trainer"]),
+    ],
+)
+def test_which_processes_a_run_has(parts_of, only, engine, expected):
+    parts, session = parts_of(only, rollout={"engine": engine}, train={"ranks": 2})
+    assert [part.name for part in parts] == expected
+    assert (session.engine_url is not None) == (len(expected) == 3)
+    assert parts[-1].members == (("collector",) if only == "rollout" else ("trainer-0", "trainer-1"))
+    assert [part.key for part in parts[:-1]] == [{"producer": "producer"}.get(name, "engine") for name in expected[:-1]]
+    assert parts[-1].key is None, "a trainer is never started again"
+
+
+def test_the_ranks_get_no_key_and_everybody_the_cores_of_its_side(parts_of, monkeypatch):
+    spawned = {}
+
+    def fake_spawn(name, command, log_path, environment, cores=None):
+        spawned[name] = (command, environment, cores)
+
+    cores = available_cores()
+    first, last = str(cores[0]), str(cores[-1])
+    monkeypatch.setattr(launch, "spawn", fake_spawn)
+    for section, expected in (({}, (None, None)), ({"cores": last}, ([cores[-1]], None))):
+        parts, _ = parts_of(rollout={"cores": first} if section else {}, train=section)
+        for part in parts[1:]:
+            part.start()
+        assert (spawned["producer"][2], spawned["trainer"][2]) == (([cores[0]] if section else None), expected[0])
+        keys = [name for name in spawned["producer"][1] if name.endswith("_KEY")]
+        assert len(keys) == 1 and not [name for name in spawned["trainer"][1] if name.endswith("_KEY")]
+    parts, _ = parts_of(rollout={"cores": first})
+    parts[1].start()
+    assert spawned["producer"][2] is None, "the engine's cores alone are the engine's"
+
+
+def test_shared_memory_of_a_killed_run_is_swept_and_that_of_a_living_one_is_not(tmp_path):
+    segments = [shared_memory.SharedMemory(create=True, size=64) for _ in range(2)]
+    for segment in segments:
+        resource_tracker.unregister(segment._name, "shared_memory")
+    paths = [Path("/dev/shm") / segment.name for segment in segments]
+    living = ExchangeFolder(0, parents=(tmp_path,))
+    killed = ExchangeFolder(0, parents=(tmp_path,))
+    try:
+        for folder, path in zip((living, killed), paths, strict=True):
+            (folder.path / SEGMENTS).write_text(f"{path}\n/dev/shm/psm_gone\n")
+        fcntl.flock(killed._lock, fcntl.LOCK_UN)
+        sweep_segments(tmp_path)
+        assert [path.exists() for path in paths] == [True, False]
+    finally:
+        for segment, path in zip(segments, paths, strict=True):
+            segment.close()
+            path.unlink(missing_ok=True)
+        living.remove()
+        killed.remove()
+
+
 # Stopping
 
 
@@ -191,7 +281,7 @@ def test_the_first_signal_asks_and_the_second_insists():
 
 @pytest.mark.parametrize(("code", "hint"), [(-9, True), (137, True), (1, False), (-15, False), (None, False)])
 def test_a_killed_process_most_likely_ran_out_of_memory(code, hint):
-    assert ("out of memory" in launch._memory_hint(code)) is hint
+    assert ("out of memory" in supervise._memory_hint(code)) is hint
 
 
 def test_the_errors_of_a_run_are_caught_by_their_base():

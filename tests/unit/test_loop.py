@@ -7,7 +7,7 @@ import torch
 from fastreason_kernels import PolicyLossOutput
 
 from fastreason.algorithms import resolve_algorithm
-from fastreason.checkpoint import CheckpointStore
+from fastreason.checkpoint import CheckpointStore, read_producer_state
 from fastreason.config import parse_config
 from fastreason.errors import InterruptedWaitError
 from fastreason.loop import Loop, Parts
@@ -41,9 +41,12 @@ class World:
         self.happens("batch")
         reward = next(self.rewards, 1.0)
         groups = [group(number, reward) for number in range(2)]
-        return Batch(groups=groups, generate_s=2.0, grade_s=0.5, num_grader_timeouts=3, num_long_prompts=4)
+        return Batch(
+            groups=groups, generate_s=2.0, grade_s=0.5, figures={"reward/timeouts": 3.0, "rollout/long_prompts": 4.0}
+        )
 
-    def publish(self, update):
+    def publish(self, update, trained):
+        assert trained == 2 * update.version
         self.happens(f"publish {update.version}")
         return LoadReport(version=update.version, checksum="", num_tensors=1, held_bytes=0, pause_s=0.25)
 
@@ -62,11 +65,11 @@ class World:
             version=0,
         )
 
-    def save_state(self, trained):
-        return {"trained": trained}
+    def save_state(self, trained, settle):
+        return f"{trained} settled={settle}".encode()
 
     # Updater
-    def logprobs(self, batches, temperature):
+    def logprobs(self, batches, spec, temperature):
         self.happens("logprobs")
         return [torch.full_like(batch.sampler_logp_N, -7.0) for batch in batches]
 
@@ -248,7 +251,9 @@ def test_told_to_stop_later_saves_what_was_trained(tmp_path, moment):
     assert world.calls.count("update") == 1
     assert saved_steps(loop) == ["step-000001"]
     state = loop.parts.checkpoints.latest()[1]
-    assert (state.step, state.version, state.num_groups, state.producer) == (1, 1, 2, {"trained": 2})
+    assert (state.step, state.version, state.num_groups) == (1, 1, 2)
+    # Told to stop, it does not wait for what is being generated.
+    assert read_producer_state(loop.parts.checkpoints.latest()[0]) == b"2 settled=False"
 
 
 def test_a_resumed_run_goes_on_where_it_was(tmp_path):
@@ -260,7 +265,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     loop.parts.resume_from = loop.parts.checkpoints.latest()
     assert loop.run() is True
     assert world.calls == [
-        *("load", "publish 2", "start 2 4 {'trained': 4}"),
+        *("load", "publish 2", "start 2 4 b'4 settled=True'"),
         *("batch", "update", "publish 3", "evaluate after", "save"),
     ]
     assert [line["step"] for line in world.lines] == [3]

@@ -61,6 +61,17 @@ def test_rows_follow_the_groups_and_skip_what_has_no_token():
     assert [len(r) for r in rows] == [3, 3, 5]
     by_sequence = rows_of(groups, torch.ones(2, 2), "sequence_mean")
     assert [r.token_weight for r in by_sequence] == [1.0, 0.5, 0.25]
+    halved = rows_of(groups, torch.ones(2, 2), "sequence_mean", weight=0.5)
+    assert [r.token_weight for r in halved] == [0.5, 0.25, 0.125]
+
+
+def test_rows_without_what_was_cut_off():
+    groups = [group([4], [[5, 6], [7, 8, 9, 10]])]
+    groups[0].samples[1].finish_reason = "length"
+    advantages = torch.tensor([[3.0, 4.0]])
+    assert [r.response for r in rows_of(groups, advantages, "token_mean")] == [[5, 6], [7, 8, 9, 10]]
+    (row,) = rows_of(groups, advantages, "token_mean", with_truncated=False)
+    assert (row.response, row.advantage) == ([5, 6], 3.0)
 
 
 @pytest.mark.parametrize(("aggregation", "count"), [("token_mean", 12), ("sequence_mean", 3), ("constant", 48)])

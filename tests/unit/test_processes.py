@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastreason.processes import spawn, tail
+from fastreason.processes import remove_segments, spawn, tail
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -73,7 +73,8 @@ def test_stopping_twice_or_after_the_end_is_fine(tmp_path):
     assert child.exit_code == 3
 
 
-def test_a_willing_child_is_given_the_time_to_end_by_itself(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_willing_child_is_given_the_time_to_end_by_itself(tmp_path, stopped):
     code = """
 import signal, sys, time
 def end(*_):
@@ -84,6 +85,8 @@ time.sleep(300)
 """
     child = spawn("saver", [sys.executable, "-c", code], tmp_path / "log", {})
     wait_for(lambda: "ready" in child.log_path.read_text(), "it did not start")
+    if stopped:
+        os.kill(child.process.pid, signal.SIGSTOP)
     child.stop(grace_s=10.0)
     assert child.exit_code == 0 and "saved" in child.log_path.read_text()
 
@@ -158,10 +161,51 @@ def test_shared_memory_of_a_killed_process_is_removed(tmp_path, killed_before):
         segment = Path("/dev/shm") / (tmp_path / "log").read_text().strip()
         assert segment.exists()
         if killed_before:
-            child.note_shared_memory()
+            child.note_family()
             child.process.kill()
             child.process.wait()
             assert segment.exists()
     finally:
         child.stop(grace_s=0.2)
     assert not segment.exists()
+
+
+def test_only_shared_memory_of_ours_is_removed(tmp_path):
+    mine = tmp_path / "psm_1234"
+    mine.touch()
+    remove_segments([mine, Path("/dev/shm/../tmp/psm_1"), Path("/dev/shm/no-segment"), Path("/dev/shm/psm_not_there")])
+    assert mine.exists()
+
+
+def test_a_stopped_child_is_ended_at_once(tmp_path):
+    path = tmp_path / "pids"
+    child = spawn("family", [sys.executable, "-c", family_script(str(path), STUBBORN)], tmp_path / "log", {})
+    pids = read_pids(path, 4)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    child.stop(grace_s=0.0)
+    wait_for(lambda: not any(map(alive, pids)), "a stopped process lives on")
+
+
+def test_what_a_killed_child_has_started_is_found(tmp_path):
+    """Its descendants in sessions of their own are nobody's children by then."""
+    path = tmp_path / "pids"
+    child = spawn("family", [sys.executable, "-c", family_script(str(path))], tmp_path / "log", {})
+    pids = read_pids(path, 4)
+    child.note_family()
+    child.process.kill()
+    child.process.wait()
+    assert sum(map(alive, pids)) == 3
+    child.stop(grace_s=0.0)
+    wait_for(lambda: not any(map(alive, pids)), "an orphan lives on")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be assigned here")
+def test_a_child_runs_on_the_cores_that_it_is_given_and_so_do_its_own(tmp_path):
+    core = max(os.sched_getaffinity(0))
+    code = "import os, subprocess, sys; print(sorted(os.sched_getaffinity(0)), flush=True); "
+    nested = code + "subprocess.run([sys.executable, '-c', " + repr(code) + "])"
+    for cores, expected in (([core], [core]), (None, sorted(os.sched_getaffinity(0)))):
+        log = tmp_path / f"log-{cores}"
+        spawn("child", [sys.executable, "-c", nested], log, {}, cores).process.wait(timeout=20)
+        assert log.read_text().splitlines() == [str(expected)] * 2

@@ -7,19 +7,22 @@ import statistics
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastreason.config import parse_config
-from fastreason.errors import EngineError, InterruptedWaitError
+from fastreason.errors import EngineError, InterruptedWaitError, PeerLostError
 from fastreason.exchange import write_weights
+from fastreason.ledger import audit_ledger, read_ledger
 from fastreason.rollout import wire
+from fastreason.rollout.books import Books
 from fastreason.rollout.client import ProducerClient
 from fastreason.rollout.fake import FakeEngine
 from fastreason.rollout.producer import Producer, group_seed
+from fastreason.rollout.spool import decode_state
 from fastreason.types import Grade, Prompt, WeightUpdate
 
 pytestmark = pytest.mark.timeout(60)
@@ -75,6 +78,8 @@ class Grader:
 class Cursor:
     """p0, p1, p2, ... without end."""
 
+    epoch = 0
+
     def __init__(self):
         self.position = 0
 
@@ -101,12 +106,13 @@ def render(prompt):
 class Run:
     """A producer in a thread of its own, and the trainer's client in the test's."""
 
-    def __init__(self, folder, config, render=render, run_dir=None):
+    def __init__(self, folder, config, render=render, run_dir=None, **options):
         self.engine, self.grader = Engine(), Grader()
         self.folder, self.run_dir = folder, run_dir or folder
         self.interrupted = False
+        self.books = Books(config, Cursor(), render, 8, self.run_dir, self.folder / "spool")
         self.producer = Producer(
-            config, self.engine, self.grader, Cursor(), EVAL_PROMPTS, Tokenizer(), render, 8, self.run_dir
+            config, self.engine, self.grader, self.books, EVAL_PROMPTS, Tokenizer(), render, 8, self.run_dir, **options
         )
         self.socket_path = f"{folder}/s"
         self.client = None
@@ -126,6 +132,10 @@ class Run:
             assert time.monotonic() < deadline, "it did not come about"
             time.sleep(0.002)
 
+    def publish(self, version):
+        """As a trainer that has trained one batch more."""
+        return self.client.publish(self.weights(version), version * self.producer._config.train.prompts_per_step)
+
     def weights(self, version):
         path = self.folder / f"w{version}.safetensors"
         digest = write_weights(path, {"w": torch.full((3,), float(version))})
@@ -133,9 +143,9 @@ class Run:
 
 
 @contextmanager
-def running(config, render=render, prepare=lambda run: None):
+def running(config, render=render, prepare=lambda run: None, run_dir=None, **options):
     with tempfile.TemporaryDirectory(prefix="fr-") as folder:
-        run = Run(Path(folder), config, render)
+        run = Run(Path(folder), config, render, run_dir, **options)
         prepare(run)
         thread = threading.Thread(target=lambda: asyncio.run(run.producer.serve(run.socket_path)), daemon=True)
         thread.start()
@@ -161,7 +171,10 @@ def ids(batch):
 
 
 def again(state):
-    return [prompt["id"] for prompt in state["again"]]
+    """The prompts that a state brings back, by ticket: finished or to be generated again."""
+    books = decode_state(state)
+    prompts = {entry.ticket: entry.prompt.id for entry in [*books.unfinished, *books.finished]}
+    return [prompts[ticket] for ticket in sorted(prompts)]
 
 
 def test_it_says_what_it_has():
@@ -179,7 +192,7 @@ def test_strictly_on_policy_is_one_batch_at_a_time_from_the_newest_weights():
             assert ids(batch) == [f"p{ticket}" for ticket in tickets(batch)]
             assert {v for g in batch.groups for s in g.samples for v in s.token_versions} == {version}
             assert len(run.engine.asked) == 3 * version + 3
-            run.client.publish(run.weights(version + 1))
+            run.publish(version + 1)
 
 
 def test_groups_carry_what_was_sampled_and_how_it_was_graded():
@@ -195,7 +208,7 @@ def test_groups_carry_what_was_sampled_and_how_it_was_graded():
         assert sample.text == " ".join(map(str, sample.token_ids))
         assert len(sample.sampler_logp) == len(sample.token_versions) == num
         assert sample.grade == Grade(reward=float(num), correct=num % 2 == 0)
-    assert batch.num_grader_timeouts == 2 and batch.num_long_prompts == 0
+    assert batch.figures["reward/timeouts"] == 2 and batch.figures["rollout/long_prompts"] == 0
 
 
 def test_the_double_buffer_generates_the_next_batch_during_the_update():
@@ -205,12 +218,12 @@ def test_the_double_buffer_generates_the_next_batch_during_the_update():
         assert tickets(run.client.next_batch()) == [0, 1]
         time.sleep(0.05)
         assert len(run.engine.asked) == 4, "more than S + 1 batches before the first update"
-        run.client.publish(run.weights(1))
+        run.publish(1)
         run.wait_until(lambda: len(run.engine.asked) == 6)
         batch = run.client.next_batch()
         assert tickets(batch) == [2, 3]
         assert {group.oldest_version for group in batch.groups} == {0}
-        run.client.publish(run.weights(2))
+        run.publish(2)
         assert [group.version_issued for group in run.client.next_batch().groups] == [1, 1]
 
 
@@ -227,7 +240,7 @@ def test_a_batch_is_answered_when_its_last_group_comes():
 def test_publishing_answers_with_what_the_engine_holds():
     with running(make_config()) as run:
         update = run.weights(7)
-        report = run.client.publish(update)
+        report = run.client.publish(update, 0)
         assert (report.version, report.checksum, report.num_tensors) == (7, update.checksum, 1)
         assert run.engine.version == 7
 
@@ -237,7 +250,7 @@ def test_weights_that_arrive_changed_are_a_failure():
         update = run.weights(1)
         write_weights(Path(update.path), {"w": torch.zeros(3)})
         with pytest.raises(EngineError, match="checksum"):
-            run.client.publish(update)
+            run.client.publish(update, 0)
 
 
 def test_no_more_groups_run_at_once_than_allowed():
@@ -259,7 +272,7 @@ def test_the_last_step_leaves_nothing_running():
         seen = []
         for version in range(3):
             seen += tickets(run.client.next_batch())
-            run.client.publish(run.weights(version + 1))
+            run.publish(version + 1)
         assert sorted(seen) == list(range(6)) and len(run.engine.asked) == 6
 
 
@@ -288,7 +301,7 @@ def test_an_evaluation_asks_the_same_before_and_after():
         before = run.client.evaluate("before")
         run.client.start(0, 0, None)
         run.client.next_batch()
-        run.client.publish(run.weights(1))
+        run.publish(1)
         after = run.client.evaluate("after")
         files = [(run.run_dir / f"eval-{name}.jsonl").read_bytes() for name in ("before", "after")]
     assert files[0] == files[1]
@@ -301,29 +314,31 @@ def test_an_evaluation_asks_the_same_before_and_after():
 def test_state_before_the_first_batch_holds_all_that_was_issued():
     with running(make_config(batch_size=2, staleness=1)) as run:
         run.client.start(0, 0, None)
-        state = run.client.save_state(trained=0)
+        state = run.client.save_state(0, settle=False)
     assert again(state) == ["p0", "p1", "p2", "p3"]
-    assert state["cursor"] == {"position": 4} and state["trained"] == 0
+    books = decode_state(state)
+    assert books.cursor == {"position": 4} and books.trained == 0
 
 
 def test_state_holds_a_batch_that_was_handed_out_and_not_trained():
     with running(make_config(batch_size=2, staleness=1)) as run:
         run.client.start(0, 0, None)
         assert ids(run.client.next_batch()) == ["p0", "p1"]
-        assert again(run.client.save_state(trained=0)) == ["p0", "p1", "p2", "p3"]
+        assert again(run.client.save_state(0, settle=False)) == ["p0", "p1", "p2", "p3"]
 
 
 def test_state_after_a_step_holds_what_was_issued_since():
     with running(make_config(batch_size=2, staleness=1)) as run:
         run.client.start(0, 0, None)
         run.client.next_batch()
-        run.client.publish(run.weights(1))
-        state = run.client.save_state(trained=2)
+        run.publish(1)
+        state = run.client.save_state(2, settle=False)
         assert again(state) == ["p2", "p3", "p4", "p5"]
         # And with the next batch handed out, but not trained.
         assert ids(run.client.next_batch()) == ["p2", "p3"]
-        assert again(run.client.save_state(trained=2)) == ["p2", "p3", "p4", "p5"]
-        assert again(run.client.save_state(trained=4)) == ["p4", "p5"]
+        assert again(run.client.save_state(2, settle=False)) == ["p2", "p3", "p4", "p5"]
+        run.publish(2)
+        assert again(run.client.save_state(4, settle=False)) == ["p4", "p5", "p6", "p7"]
 
 
 def test_a_batch_given_up_while_waiting_is_in_the_state():
@@ -334,36 +349,35 @@ def test_a_batch_given_up_while_waiting_is_in_the_state():
             run.client.next_batch()
         run.engine.held.clear()
         run.wait_until(lambda: not run.producer._tasks)
-        assert again(run.client.save_state(trained=0)) == ["p0", "p1"]
+        assert again(run.client.save_state(0, settle=False)) == ["p0", "p1"]
 
 
 def test_a_batch_answered_after_the_trainer_gave_up_is_in_the_state():
     with running(make_config(batch_size=2, staleness=0)) as run:
         run.client.start(0, 0, None)
         run.client._connection.send(wire.NextBatch())
-        run.wait_until(lambda: run.producer._handed_out == [0, 1])
+        run.wait_until(lambda: [g.ticket for g in run.books._handed_out] == [0, 1])
         # Its answer is passed over.
-        assert again(run.client.save_state(trained=0)) == ["p0", "p1"]
+        assert again(run.client.save_state(0, settle=False)) == ["p0", "p1"]
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
 @pytest.mark.parametrize("handed_out", [False, True])
-def test_a_resumed_run_trains_every_prompt_once(staleness, stop_after, handed_out):
+def test_a_resumed_run_trains_every_prompt_once(staleness, stop_after, handed_out, tmp_path):
     config = make_config(batch_size=2, steps=6, staleness=staleness)
     trained = []
-    with running(config) as run:
+    with running(config, run_dir=tmp_path) as run:
         run.client.start(0, 0, None)
         for version in range(stop_after):
             trained += ids(run.client.next_batch())
-            run.client.publish(run.weights(version + 1))
+            run.publish(version + 1)
         if handed_out:
             run.client.next_batch()
-        state = run.client.save_state(trained=len(trained))
-    state = json.loads(json.dumps(state))
+        state = run.client.save_state(len(trained), settle=False)
     waiting = again(state)
-    with running(config) as run:
-        run.client.publish(run.weights(stop_after)) if stop_after else None
+    with running(config, run_dir=tmp_path) as run:
+        run.publish(stop_after) if stop_after else None
         run.client.start(stop_after, len(trained), state)
         for version in range(stop_after, 6):
             batch = run.client.next_batch()
@@ -372,16 +386,149 @@ def test_a_resumed_run_trains_every_prompt_once(staleness, stop_after, handed_ou
                 assert tickets(batch) == [2 * stop_after, 2 * stop_after + 1]
                 assert ids(batch) == waiting[:2], "a prompt issued before goes first"
             trained += ids(batch)
-            run.client.publish(run.weights(version + 1))
+            run.publish(version + 1)
     assert sorted(trained) == sorted(f"p{i}" for i in range(12))
+    audit = audit_ledger(read_ledger(tmp_path))
+    assert (audit.num_issued, audit.num_trained, audit.lost, audit.twice) == (12, 12, [], [])
 
 
-def test_prompts_of_an_earlier_process_that_wait_still_are_in_the_next_state():
-    state = {"cursor": {"position": 7}, "again": [{"id": f"p{i}", "text": "x"} for i in range(2, 7)], "trained": 2}
-    with running(make_config(batch_size=2, staleness=0)) as run:
+def test_prompts_of_an_earlier_process_that_wait_still_are_in_the_next_state(tmp_path):
+    with running(make_config(batch_size=2, staleness=2), run_dir=tmp_path) as run:
+        run.client.start(0, 0, None)
+        run.client.next_batch()
+        run.publish(1)
+        state = run.client.save_state(2, settle=False)
+    assert again(state) == [f"p{i}" for i in range(2, 8)]
+    with running(make_config(batch_size=2, staleness=0), run_dir=tmp_path) as run:
         run.client.start(1, 2, state)
-        saved = run.client.save_state(trained=2)
-        assert again(saved) == [f"p{i}" for i in range(2, 7)] and saved["cursor"] == {"position": 7}
+        saved = run.client.save_state(2, settle=False)
+        assert again(saved) == [f"p{i}" for i in range(2, 8)] and decode_state(saved).cursor == {"position": 8}
+
+
+# A producer that dies and another that takes its place
+
+
+class Succession:
+    """Producers one after another on one socket, spool and run folder; `die` ends the one that serves, as SIGKILL would."""
+
+    def __init__(self, folder, config):
+        self.folder, self.config, self.runs, self.loops = Path(folder), config, [], []
+
+    def begin(self, prepare=lambda run: None):
+        run = Run(self.folder, self.config)
+        run.engine.adopted = []
+
+        async def adopt(update):
+            run.engine.adopted.append(update)
+
+        run.engine.adopt = adopt
+        prepare(run)
+
+        async def serve():
+            self.loops.append(asyncio.get_running_loop())
+            await run.producer.serve(run.socket_path)
+
+        def body():
+            with suppress(RuntimeError):  # the loop was stopped under it
+                asyncio.run(serve())
+
+        self.runs.append(run)
+        threading.Thread(target=body, daemon=True).start()
+        return run
+
+    def die(self):
+        self.loops[-1].call_soon_threadsafe(self.loops[-1].stop)
+
+
+@pytest.mark.parametrize("moment", ["generating", "training", "publishing", "published"])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_producer_that_dies_is_followed_by_one_that_goes_on(moment, staleness):
+    config = make_config(batch_size=2, steps=4, staleness=staleness)
+    with tempfile.TemporaryDirectory(prefix="fr-") as folder:
+        line = Succession(folder, config)
+        first = line.begin(lambda run: run.engine.held.add("t3") if moment == "generating" else None)
+        client = ProducerClient(first.socket_path, 20.0, 20.0, may_rejoin=True)
+        client.start(0, 0, None)
+        trained = []
+
+        def succeed():
+            line.die()
+            line.begin()
+
+        for version in range(4):
+            if version == 1 and moment == "generating":
+                threading.Timer(0.2, succeed).start()
+            batch = client.next_batch()
+            assert all(version - g.oldest_version <= staleness for g in batch.groups)
+            trained += ids(batch)
+            if version == 1 and moment == "training":
+                succeed()
+            update = first.weights(version + 1)
+            if version == 1 and moment in ("publishing", "published"):
+                load = first.engine.load_weights
+
+                async def load_and_die(update, load=load):
+                    if moment == "published":
+                        first.producer._books.publish(update.version)
+                    succeed()
+                    await asyncio.sleep(10)
+
+                first.engine.load_weights = load_and_die
+            report = client.publish(update, 2 * version + 2)
+            assert report.version == version + 1
+        client.stop()
+        audit = audit_ledger(read_ledger(line.folder))
+        assert len(line.runs) == 2
+        assert line.runs[1].engine.adopted[0] == (first.weights(1))
+        assert sorted(trained) == [f"p{i}" for i in range(8)]
+        assert (audit.num_trained, audit.lost, audit.twice) == (8, [], [])
+
+
+def test_without_restarts_a_producer_that_dies_is_a_lost_peer():
+    with tempfile.TemporaryDirectory(prefix="fr-") as folder:
+        line = Succession(folder, make_config())
+        run = line.begin(lambda run: run.engine.held.update(["t0", "t1", "t2", "t3"]))
+        client = run.connect()
+        client.start(0, 0, None)
+        threading.Timer(0.1, line.die).start()
+        with pytest.raises(PeerLostError, match="generating"):
+            client.next_batch()
+
+
+def test_a_checkpoint_waits_for_what_older_weights_still_generate():
+    with running(make_config(batch_size=2, staleness=1), prepare=lambda run: run.engine.held.add("t3")) as run:
+        run.client.start(0, 0, None)
+        run.client.next_batch()
+        run.publish(1)
+        threading.Timer(0.2, run.engine.held.clear).start()
+        state = decode_state(run.client.save_state(2, settle=True))
+        assert {group.ticket for group in state.finished} >= {2, 3}
+
+
+def test_groups_without_signal_are_dropped_and_replaced():
+    reject = {0: "all_right", 3: "all_wrong"}
+    with running(make_config(batch_size=2, staleness=0), reject=lambda g: reject.get(g.ticket)) as run:
+        run.client.start(0, 0, None)
+        batch = run.client.next_batch()
+        assert (tickets(batch), batch.figures["rollout/dropped"]) == ([1, 2], 1)
+        run.publish(1)
+        batch = run.client.next_batch()
+        assert (tickets(batch), batch.figures["rollout/dropped"]) == ([4, 5], 2)
+        assert {group.version_issued for group in batch.groups} == {1}
+        dropped = [(r["ticket"], r["reason"]) for r in read_ledger(run.run_dir) if r["event"] == "dropped"]
+    assert dropped == [(0, "all_right"), (3, "all_wrong")]
+
+
+def test_dropping_without_end_is_an_error_that_names_the_key():
+    config = make_config(batch_size=2, staleness=0)
+    algorithm = config.algorithm.model_copy(update={"max_refills": 3})
+    config = config.model_copy(update={"algorithm": algorithm})
+    with (
+        running(config, reject=lambda group: "all_wrong") as run,
+        pytest.raises(EngineError, match=r"algorithm\.max_refills=3: more than 6 groups were dropped"),
+    ):
+        run.client.start(0, 0, None)
+        run.client.next_batch()
 
 
 # Failures
@@ -449,7 +596,7 @@ def test_long_prompts_are_passed_over_and_counted():
     with running(make_config(batch_size=2, staleness=0), render=long_when({0, 2, 3})) as run:
         run.client.start(0, 0, None)
         batch = run.client.next_batch()
-        assert (ids(batch), tickets(batch), batch.num_long_prompts) == (["p1", "p4"], [0, 1], 3)
+        assert (ids(batch), tickets(batch), batch.figures["rollout/long_prompts"]) == (["p1", "p4"], [0, 1], 3)
 
 
 def test_only_long_prompts_are_an_error_that_names_the_key():
@@ -466,7 +613,7 @@ def batches_of(config, num=3, prepare=lambda run: None):
         run.client.start(0, 0, None)
         for version in range(num):
             groups += run.client.next_batch().groups
-            run.client.publish(run.weights(version + 1))
+            run.publish(version + 1)
     return {group.ticket: (group.prompt.id, [s.token_ids for s in group.samples]) for group in groups}
 
 

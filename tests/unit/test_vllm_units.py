@@ -9,22 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastreason.config import RolloutConfig
+from fastreason.config import Config, RolloutConfig
 from fastreason.errors import EngineError
-from fastreason.exchange import write_weights
-from fastreason.rollout.vllm import (
-    VllmEngine,
-    VllmServer,
-    explain_log,
-    hold_port,
-    new_key,
-    port_is_free,
-    server_command,
-    server_environment,
-    stamp_versions,
+from fastreason.exchange import EXCHANGE_VARIABLE, write_weights
+from fastreason.rollout.server import EngineServer, hold_port, new_key, port_is_free
+from fastreason.rollout.stamps import Mark, Stamps, stamp_versions
+from fastreason.rollout.vllm import make_server
+from fastreason.rollout.vllm_middleware import (
+    INSTANCE_HEADER,
+    INSTANCE_VARIABLE,
+    KEY_VARIABLE,
+    RESUMES_HEADER,
+    RequireKey,
 )
-from fastreason.rollout.vllm_middleware import KEY_VARIABLE, RequireKey
-from fastreason.rollout.vllm_worker import EXCHANGE_VARIABLE, WeightWorker
+from fastreason.rollout.vllm_server import explain_end, server_command, server_environment
+from fastreason.rollout.vllm_worker import WeightWorker, count_tokens
 
 KEY = "s3cret"
 
@@ -69,21 +68,19 @@ def test_what_only_a_cpu_or_only_a_gpu_is_told():
     assert "--no-enable-chunked-prefill" not in flags and "--enforce-eager" not in flags
 
 
-def test_the_key_goes_through_the_environment_only(tmp_path):
-    server = VllmServer(
-        RolloutConfig(),
-        "/m",
-        tmp_path / "log",
-        dtype="bfloat16",
-        max_model_len=9,
-        seed=0,
-        device="cpu",
-        exchange_dir="/dev/shm/e",
-        key=KEY,
+def vllm_server(log_path, **rollout):
+    config = Config.model_validate(
+        {"model": {"path": "/m"}, "data": {}, "train": {"steps": 1, "prompts_per_step": 1}, "rollout": rollout}
     )
+    return make_server(config, "/m", log_path, max_model_len=9, device="cpu", exchange_dir="/dev/shm/e", key=KEY)
+
+
+def test_the_key_goes_through_the_environment_only(tmp_path):
+    server = vllm_server(tmp_path / "log")
     assert not any(KEY in part for part in server._command)
     assert server._environment[KEY_VARIABLE] == KEY and server._environment[EXCHANGE_VARIABLE] == "/dev/shm/e"
-    assert KEY not in server.url
+    assert KEY not in server.url and server.name == "vLLM server"
+    assert server._command[server._command.index("--port") + 1] == str(server.port)
 
 
 def test_keys_are_long_and_never_the_same():
@@ -93,10 +90,10 @@ def test_keys_are_long_and_never_the_same():
 
 def test_the_environment_of_each_device():
     config = RolloutConfig(cores="2-3", kv_cache_gib=1.2)
-    cpu = server_environment(config, key=KEY, exchange_dir="/e", device="cpu")
+    cpu = server_environment(config, exchange_dir="/e", device="cpu")
     assert cpu["VLLM_CPU_OMP_THREADS_BIND"] == "2-3" and cpu["CUDA_VISIBLE_DEVICES"] == ""
     assert cpu["VLLM_CPU_KVCACHE_SPACE"] == "2", "vLLM takes whole GiB: rounded up"
-    cuda = server_environment(config, key=KEY, exchange_dir="/e", device="cuda")
+    cuda = server_environment(config, exchange_dir="/e", device="cuda")
     assert not any(name.startswith("VLLM_CPU") for name in cuda)
     assert cuda["VLLM_SERVER_DEV_MODE"] == "1" and cuda["HF_HUB_OFFLINE"] == "1"
 
@@ -128,17 +125,35 @@ def test_a_port_in_use_is_refused_with_the_key():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(EngineError, match=rf"rollout\.port={port}: the port is in use.*0 for any free one"):
-            VllmServer(
-                RolloutConfig(port=port),
-                "/m",
-                Path("log"),
-                dtype="bfloat16",
-                max_model_len=9,
-                seed=0,
-                device="cpu",
-                exchange_dir="/e",
-                key=KEY,
-            )
+            vllm_server(Path("log"), port=port)
+
+
+# A server that is started again
+
+
+def said(text):
+    """A server whose every start writes its instance, its key and the cores that it may use into the log."""
+    program = f"import os; print({text}, flush=True)"
+    return lambda port: [sys.executable, "-c", program]
+
+
+def wait_for(child):
+    child.process.wait(timeout=20)
+    return child
+
+
+def test_a_server_starts_again_at_its_address_and_counts(tmp_path):
+    text = f"os.environ[{INSTANCE_VARIABLE!r}], os.environ[{KEY_VARIABLE!r}], sorted(os.sched_getaffinity(0))"
+    log = tmp_path / "engine.log"
+    cores = RolloutConfig(cores="0")
+    server = EngineServer("toy", said(text), {}, log, cores, key=KEY, explain=lambda text: f"explained {text.split()}")
+    assert server.instance == 0 and server.child is None
+    first, url = wait_for(server.start()), server.url
+    second = wait_for(server.start())
+    assert (server.instance, server.url, server.child) == (2, url, second) and first is not second
+    assert log.read_text().splitlines() == [f"1 {KEY} [0]", f"2 {KEY} [0]"]
+    # Only what the last start wrote explains its end.
+    assert server.explain_end() == f"explained ['2', '{KEY}', '[0]']\nfull log: {log}"
 
 
 # Version stamps
@@ -157,16 +172,40 @@ def test_a_port_in_use_is_refused_with_the_key():
     ],
 )
 def test_each_token_has_the_version_that_sampled_it(marks, versions):
-    assert stamp_versions(marks, 4) == versions
+    assert stamp_versions([Mark(*mark) for mark in marks], 4, num_resumes=0) == versions
+
+
+@pytest.mark.parametrize(
+    ("num_resumes", "versions"),
+    [
+        (2, [3, 3]),  # it had ended before the first update, and its answer was on the way
+        (3, [4, 4]),  # it waited in the queue during the first and ended before the second
+        (4, [5, 5]),
+        (7, [5, 5]),
+    ],
+)
+def test_a_request_without_tokens_at_an_update_had_ended_or_not_begun(num_resumes, versions):
+    assert stamp_versions([Mark(3, 0), Mark(4, None, 2), Mark(5, None, 3)], 2, num_resumes) == versions
 
 
 def test_an_update_marks_the_requests_in_flight_by_their_own_names():
-    engine = VllmEngine("http://127.0.0.1:1", KEY, RolloutConfig())
-    engine._marks = {"t1.0": [(0, 0)], "t1-a.1": [(0, 0)], "t2.0": [(0, 0)]}
-    engine._mark_running(
-        {"generate-tokens-t1.0-8f3a": 5, "generate-tokens-t1-a.1-9b": 2, "generate-tokens-gone-1": 1}, 1
-    )
-    assert engine._marks == {"t1.0": [(0, 0), (1, 5)], "t1-a.1": [(0, 0), (1, 2)], "t2.0": [(0, 0)]}
+    stamps = Stamps()
+    for name in ("t1.0~1", "t1-a.1~2", "t2.0~3"):
+        stamps.begin(name, 0)
+    theirs = {"generate-tokens-t1.0~1-8f3a": 5, "generate-tokens-t1-a.1~2-9b": 2, "generate-tokens-gone~4-1": 1}
+    stamps.switch(theirs, 1, num_resumes=6)
+    stamps.begin("t3.0~5", 1)
+    assert stamps.end("t1.0~1") == [Mark(0, 0), Mark(1, 5, 6)]
+    assert stamps.end("t1-a.1~2") == [Mark(0, 0), Mark(1, 2, 6)]
+    assert stamps.end("t2.0~3") == [Mark(0, 0), Mark(1, None, 6)]
+    assert stamps.end("t3.0~5") == [Mark(1, 0)]
+
+
+def test_an_engine_that_cannot_tell_leaves_the_older_stamp():
+    stamps = Stamps()
+    stamps.begin("t1.0~1", 0)
+    stamps.switch(None, 1, num_resumes=6)
+    assert stamps.end("t1.0~1") == [Mark(0, 0)]
 
 
 # Logs
@@ -183,25 +222,23 @@ def test_an_update_marks_the_requests_in_flight_by_their_own_names():
         ("ModuleNotFoundError: No module named 'vllm'", "make setup"),
     ],
 )
-def test_a_known_end_is_explained_in_words(tmp_path, line, advice):
-    log = tmp_path / "engine.log"
-    log.write_text(f"INFO starting\nTraceback (most recent call last):\n{line}\nINFO bye\n")
-    text = explain_log(log)
+def test_a_known_end_is_explained_in_words(line, advice):
+    text = explain_end(f"INFO starting\nTraceback (most recent call last):\n{line}\nINFO bye\n")
     assert "likely reason: " in text and advice in text.splitlines()[0]
     assert f"last error: {line}" in text
-    assert "  | INFO bye" in text and text.endswith(f"full log: {log}")
+    assert text.endswith("  | INFO bye")
 
 
-def test_an_unknown_end_is_quoted_with_its_last_error(tmp_path):
-    log = tmp_path / "engine.log"
-    log.write_text("\n".join([f"line {i}" for i in range(100)] + ["KeyError: 'a'", "engine.SomeError: second", "end"]))
-    text = explain_log(log, num_lines=3)
+def test_an_unknown_end_is_quoted_with_its_last_error():
+    lines = [f"line {i}" for i in range(100)] + ["KeyError: 'a'", "engine.SomeError: second", "end"]
+    text = explain_end("\n".join(lines), num_lines=3)
     assert "likely reason" not in text and "last error: engine.SomeError: second" in text
     assert "line 99" not in text and "  | KeyError: 'a'" in text
 
 
 def test_a_server_that_wrote_nothing(tmp_path):
-    assert explain_log(tmp_path / "none") == "it wrote no log"
+    assert vllm_server(tmp_path / "none").explain_end() == "it wrote no log"
+    assert explain_end("") == "it wrote nothing into its log"
 
 
 # The middleware
@@ -275,6 +312,30 @@ def test_a_websocket_without_the_key_is_closed(key):
     assert (reached, sent) == ([], [{"type": "websocket.close", "code": 1008}])
     header = (b"authorization", b"Bearer " + KEY.encode())
     assert ask(request("/v1/realtime", header, kind="websocket"))[0] == ["/v1/realtime"]
+
+
+def test_every_answer_says_which_server_gave_it_and_how_often_that_was_resumed(key, monkeypatch):
+    monkeypatch.setenv(INSTANCE_VARIABLE, "3")
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+
+    async def talk():
+        door, sent = RequireKey(app), []
+
+        async def send(message):
+            sent.append(message)
+
+        good = (b"authorization", b"Bearer " + KEY.encode())
+        for path, *headers in (("/pause", good), ("/resume", good), ("/resume",), ("/health", good)):
+            await door(request(path, *headers), None, send)
+        return [dict(message["headers"]) for message in sent if message["type"] == "http.response.start"]
+
+    answers = asyncio.run(talk())
+    assert [answer[INSTANCE_HEADER.encode()] for answer in answers] == [b"3"] * 4
+    # What was refused did not resume anything.
+    assert [answer[RESUMES_HEADER.encode()] for answer in answers] == [b"0", b"1", b"1", b"1"]
+    assert answers[0][b"a"] == b"b"
 
 
 def test_starting_up_needs_no_key(key):
@@ -351,8 +412,11 @@ def publish(path):
 def test_weights_are_loaded_proved_and_reported(exchange):
     path = exchange / "w.safetensors"
     checksum = publish(path)
-    report = worker().fastreason_load(str(path), checksum)
-    assert report.pop("load_s") >= 0
+    loading = worker()
+    assert loading.fastreason_beat() == {"checksum": None}
+    report = loading.fastreason_load(str(path), checksum)
+    assert loading.fastreason_beat() == {"checksum": checksum}
+    assert report.pop("load_s") >= report.pop("reload_s") >= 0
     assert report == {
         "checksum": checksum,
         "num_tensors": 3,
@@ -399,3 +463,53 @@ def test_weights_that_did_not_arrive_as_sent_are_an_error(exchange):
     checksum = publish(path)
     with pytest.raises(ValueError, match=r"holds other values than were sent in: \['qk.weight'\]"):
         worker(spoil=True).fastreason_load(str(path), checksum)
+
+
+def test_weights_that_did_not_arrive_are_not_said_to_be_held(exchange):
+    path, made = exchange / "w.safetensors", worker(spoil=True)
+    with pytest.raises(ValueError, match="holds other values"):
+        made.fastreason_load(str(path), publish(path))
+    assert made.fastreason_beat()["checksum"] not in (None, publish(path))
+
+
+def test_what_was_read_ahead_is_loaded_even_if_the_file_is_gone(exchange):
+    path, made = exchange / "w.safetensors", worker()
+    checksum = publish(path)
+    made.fastreason_prepare(str(path), checksum)
+    made.fastreason_ahead[1].result(timeout=20)
+    path.unlink()
+    assert made.fastreason_load(str(path), checksum)["checksum"] == checksum
+    with pytest.raises(FileNotFoundError):
+        made.fastreason_load(str(path), checksum)
+
+
+def test_what_was_read_ahead_is_checked_and_never_taken_for_another_file(exchange):
+    first, second, made = exchange / "1.safetensors", exchange / "2.safetensors", worker()
+    checksum = publish(first)
+    publish(second)
+    made.fastreason_prepare(str(first), "0" * 32)
+    with pytest.raises(ValueError, match="the file changed"):
+        made.fastreason_load(str(first), "0" * 32)
+    made.fastreason_prepare(str(first), "0" * 32)
+    assert made.fastreason_load(str(second), checksum)["num_tensors"] == 3
+
+
+def test_tokens_are_counted_in_either_model_runner():
+    requests = {"a": SimpleNamespace(output_token_ids=[7, 8]), "b": SimpleNamespace(output_token_ids=[])}
+    assert count_tokens(SimpleNamespace(requests=requests)) == {"a": 2, "b": 0}
+    states = SimpleNamespace(
+        req_id_to_index={"a": 2, "b": 0},
+        total_len=SimpleNamespace(gpu=torch.tensor([5, 0, 9])),
+        prompt_len=SimpleNamespace(np=torch.tensor([5, 0, 3]).numpy()),
+    )
+    assert count_tokens(SimpleNamespace(req_states=states)) == {"a": 6, "b": 0}
+    assert count_tokens(SimpleNamespace()) is None
+
+
+def test_the_weights_of_the_start_can_be_had_back(exchange):
+    path, made = exchange / "w.safetensors", worker()
+    made.fastreason_load(str(path), publish(path))
+    made.model_runner.reload_weights = lambda: made.model_runner._held.clear()
+    made.fastreason_restore()
+    assert made.model_runner._held == {} and made.fastreason_beat() == {"checksum": None}
+    assert made.model_runner.head.num_packed == 2

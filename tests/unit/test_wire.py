@@ -45,20 +45,21 @@ RESULT = EvalResult(
     version=1,
 )
 REQUESTS = [
-    wire.Start(version=2, trained=24, state={"cursor": {"position": 3}, "again": [{"id": "p"}]}),
+    wire.Start(version=2, trained=24, state=b"books"),
+    wire.Rejoin(version=2, trained=24, holding=[7, 9], started=True, update=UPDATE),
     wire.Start(version=0, trained=0),
     wire.NextBatch(),
     wire.Publish(UPDATE),
     wire.Evaluate("before"),
-    wire.SaveState(trained=12),
+    wire.SaveState(trained=12, settle=True),
     wire.Stop(),
 ]
 ANSWERS = [
     wire.Ready(engine="vllm", num_train_prompts=5, num_eval_prompts=2),
-    wire.Batch(groups=[GROUP], generate_s=1.0, grade_s=0.5, num_grader_timeouts=1, num_long_prompts=2),
+    wire.Batch(groups=[GROUP], generate_s=1.0, grade_s=0.5, figures={"reward/timeouts": 1.0}),
     wire.Published(LoadReport(version=3, checksum="ab", num_tensors=2, held_bytes=8, pause_s=0.1)),
     wire.Evaluated(RESULT),
-    wire.State({"cursor": {"position": 3}, "again": []}),
+    wire.State(b"books"),
     wire.Done(),
     wire.Failure("the engine broke"),
 ]
@@ -91,7 +92,7 @@ def test_answers_come_back_as_they_were(ends, answer):
 
 
 def test_messages_of_many_pieces_come_whole_and_in_order(ends):
-    large = wire.State({"again": ["x" * 1000] * 5000})
+    large = wire.State(b"x" * 5_000_000)
     answers = [large, wire.Done(), large]
 
     def write():
@@ -146,7 +147,7 @@ def test_sending_to_a_producer_that_ended_is_a_lost_peer(ends):
 
 def test_a_producer_that_reads_late_is_not_lost(ends):
     """A request larger than the socket's buffers waits until the producer's loop is free."""
-    request = wire.Start(version=0, trained=0, state={"again": ["x" * 1000] * 5000})
+    request = wire.Start(version=0, trained=0, state=b"x" * 5_000_000)
     connection = wire.Connection(ends[0])
     ends[1].sendall(wire.encode(wire.Done()))
     connection.receive(5.0, "a test")

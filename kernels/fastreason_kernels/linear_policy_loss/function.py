@@ -29,9 +29,10 @@ from fastreason_kernels.policy_math import (
     PolicyLossOutput,
     PolicyLossSpec,
     check_columns,
+    evaluate,
     gradient_rows,
+    known_log_weight,
     per_token,
-    policy_loss,
 )
 from fastreason_kernels.workspace import Workspace
 
@@ -80,7 +81,8 @@ def linear_policy_loss(
     gradient); "active" skips tokens known beforehand to have no gradient and reports NaN and computed = False for them.
     strategy: "A" makes the gradient in forward (3 head products, 2 for a frozen head), "B" recomputes the logits (4), "F"
     is for a frozen head under any loss (2; 3 with an entropy bonus). "auto": A, unless the loss couples tokens (a
-    sequence's ratio against given behaviour_logp) or the head is sharded over a group; then F for a frozen head, else B.
+    sequence's ratio against given behaviour_logp, a sequence's importance weight without it) or the head is sharded over a
+    group; then F for a frozen head, else B.
 
     Raises ValueError for wrong or missing tensors or options, NotImplementedError for impl="triton" where it cannot run.
     Left out: double backward. Under torch.compile the spec is a constant: another one compiles anew.
@@ -139,7 +141,7 @@ def _column(value: Tensor, dtype: torch.dtype) -> Tensor:
 def _choose(strategy: str, head: HeadTensors, options: HeadOptions, spec: PolicyLossSpec, has_behaviour: bool) -> str:
     coupled = spec.couples_tokens(has_behaviour)
     if strategy == "A" and (coupled or options.group):
-        why = "a group merges statistics of ranks" if options.group else "a sequence's ratio couples its tokens"
+        why = "a group merges statistics of ranks" if options.group else _coupling(spec, has_behaviour)
         raise ValueError(f"strategy: got 'A', allowed: auto | B | F, as {why}")
     if strategy == "A" or (strategy == "auto" and not coupled and not options.group):
         return "A"
@@ -147,6 +149,12 @@ def _choose(strategy: str, head: HeadTensors, options: HeadOptions, spec: Policy
     # With an entropy bonus F costs as much as B without rows to skip, but keeps no products for the backward.
     frozen = needs_gradient(head) == [True, False, False, False, False]
     return "F" if strategy == "auto" and frozen and not options.group else chosen
+
+
+def _coupling(spec: PolicyLossSpec, has_behaviour: bool) -> str:
+    if spec.couples_weights(has_behaviour):
+        return "a sequence's importance weight without behaviour_logp couples its tokens"
+    return "a sequence's ratio couples its tokens"
 
 
 def _reference(
@@ -193,7 +201,9 @@ def _composed(
     rows = active if statistics == "active" else mask
     logp, entropy, _ = logprob_of_rows(head, options, rows, active, strategy, spec.entropy_coef != 0)
     with torch.autocast(head.hidden.device.type, enabled=False):
-        return policy_loss(logp, entropy, spec=spec, mask=rows, **columns)
+        # Of whole sequences, before rows without a gradient are left out of the mask.
+        log_weight = known_log_weight(spec, columns, mask)
+        return evaluate(logp, entropy, spec, mask=rows, log_weight=log_weight, **columns)
 
 
 @torch.library.custom_op("fastreason::linear_policy_loss", mutates_args=(), tags=OPERATOR_TAGS)

@@ -18,7 +18,7 @@ from fastreason_kernels.gemm import HeadGradients, Tiles, gradient_dtypes
 from fastreason_kernels.head import HeadOptions, HeadTensors
 from fastreason_kernels.linear_logprob.strategies import select
 from fastreason_kernels.partials import finish
-from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, evaluate
+from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, evaluate, known_log_weight
 from fastreason_kernels.rows import RowCoefficients, RowOps, RowStatistics, row_ops
 from fastreason_kernels.workspace import Workspace
 
@@ -41,8 +41,11 @@ class TokenLoss:
 def token_loss(
     spec: PolicyLossSpec, columns: dict[str, Tensor], mask: Tensor | None, dtype: torch.dtype, *, with_slope: bool
 ) -> TokenLoss:
-    """The TokenLoss that equals `spec`; for a sequence's ratio only where spec.couples_tokens says that it couples none."""
+    """The TokenLoss that equals `spec`; for ratios and weights of sequences only where spec.couples_tokens says no."""
     token_columns = {name: value for name, value in columns.items() if name != "sequence_ids"}
+    log_weight = known_log_weight(spec, columns, mask)
+    if log_weight is not None:
+        token_columns["log_weight"] = log_weight
     if spec.ratio != "sequence":
         return TokenLoss(spec, token_columns)
     plain = replace(spec, ratio="none", gate="clip", dual_clip=None)

@@ -1,0 +1,254 @@
+"""The same GRPO job with TRL's GRPOTrainer and with fastreason, side by side: seconds a step, tokens trained a second, memory.
+
+    python bench/end_to_end.py [--json FILE] [--steps 8] [--rounds 1] [--trainers trl,ours,ours_exact] [key=value ...]
+
+The job is bench/end_to_end.yaml, with `key=value` overrides for both sides. Rows:
+
+    trl         GRPOTrainer, default settings but for those of the job and no gradient checkpointing; on a CPU transformers'
+                generate and bf16 autocast over fp32 weights, on a GPU vLLM colocated
+    ours        `fastreason train` with the same dense work: every sample with its own prompt, every sample trained
+    ours_exact  `fastreason train` as it comes: a prompt shared by a group computed once, samples without gradient left out
+
+Same: model, prompts in the same order, samples, lengths, temperature, reward, advantage, loss (clip 0.2, mean over the
+step's tokens, no KL), one update a step, AdamW with the same rate, betas and clipping; fp32 master weights, bf16 products.
+Different: the random numbers, so the responses; TRL trains on what the current weights sampled, fastreason with
+rollout.max_staleness=1 on groups that lag by one version, its ratio taken against the sampler. Each runs in processes of
+its own on the same cores. Tokens are counted as TRL counts them: prompt and response of every sample, whatever was
+computed. Evaluations are in no step's time; peak_mb is the memory of all processes of a trainer, shared pages counted once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from end_to_end_rows import Part, Step, curve, print_table, rows_of
+
+from fastreason.config import Config, dump_config, load_config
+from fastreason.cores import available_cores, parse_cores
+from fastreason.metrics import read_metrics, read_summary
+
+HERE = Path(__file__).resolve().parent
+JOB = HERE / "end_to_end.yaml"
+PART_SECONDS = 1800  # longest run of one trainer
+LOOK_S = 1.0  # between two looks at the memory
+ALLOCATOR_SHARE = 0.3  # of a GPU's memory for vLLM beside the trainer: TRL's default for its colocated engine
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One row: which side runs, its overrides of the job, and how many steps at its start and end are not measured.
+
+    Ours has two warm steps, since the first waits for a whole batch, and ends with one during which nothing is generated.
+    """
+
+    overrides: tuple[str, ...] = ()
+    skip_first: int = 2
+    skip_last: int = 1
+
+
+TRAINERS = {
+    "trl": Trainer(skip_first=1, skip_last=0),
+    "ours": Trainer(("train.share_prompts='off'", "train.skip_zero_advantage=false")),
+    "ours_exact": Trainer(),
+}
+
+
+class MemoryPeak(threading.Thread):
+    """Samples the memory of a process and all below it; `mb` is the largest sum, shared pages counted once (PSS)."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.mb = 0.0
+        self._pid, self._ended = pid, threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(self._pid)
+                for process in [root, *root.children(recursive=True)]:
+                    with contextlib.suppress(psutil.Error):
+                        memory = process.memory_full_info()
+                        total += getattr(memory, "pss", memory.rss)
+            self.mb = max(self.mb, total / 1e6)
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+def run_child(command: list[str], log: Path) -> float:
+    """Run a command to its end, all that it prints into `log`; returns its peak memory, MB.
+
+    Raises SystemExit with the end of the log when it fails; whatever happens, nothing of it keeps running.
+    """
+    with open(log, "wb") as file:
+        child = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        peak = MemoryPeak(child.pid)
+        peak.start()
+        try:
+            code = child.wait(PART_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{' '.join(command)}: not done in {PART_SECONDS} s; see {log}") from None
+        finally:
+            peak.stop()
+            end_group(child)
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read_text(errors='replace')[-3000:]}")
+    return peak.mb
+
+
+def end_group(child: subprocess.Popen[bytes]) -> None:
+    """End a child and its process group: asked first, since it cleans up after itself, killed after 20 s."""
+    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(patience)
+            return
+
+
+def run_trl(name: str, config: Config, folder: Path, options: argparse.Namespace) -> Part:
+    """One run of GRPOTrainer, in a process of its own."""
+    job, out = folder / "job.yaml", folder / "trl.jsonl"
+    job.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-P", str(HERE / "end_to_end_trl.py"), str(job), str(out)]
+    command += ["--micro-batch", str(options.trl_micro_batch), "--attention", options.trl_attention]
+    peak_mb = run_child(command, folder / "trl.log")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    steps = [Step(**line["step"]) for line in lines if "step" in line]
+    evals = [tuple(line["eval"]) for line in lines if "eval" in line]
+    return Part(name, steps, evals, peak_mb)
+
+
+def run_ours(name: str, config: Config, folder: Path, options: argparse.Namespace) -> Part:
+    """One run of `fastreason train`."""
+    job = folder / "job.yaml"
+    job.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "fastreason.cli", "train", str(job), f"run.dir={folder / 'runs'}"]
+    peak_mb = run_child(command, folder / "ours.log")
+    run_dir = next((folder / "runs").iterdir())
+    metrics = read_metrics(run_dir)
+    phases = ("wait_s", "train_s", "publish_s", "generate_s")
+    steps = [
+        Step(m["time/step_s"], m["train/tokens"], m["reward/mean"], {key: m[f"time/{key}"] for key in phases})
+        for m in metrics
+    ]
+    accuracy = {int(m["step"]): m["eval/accuracy"] for m in metrics if "eval/accuracy" in m}
+    before = read_summary(run_dir).get("accuracy_before")
+    if before is not None:
+        accuracy[0] = before
+    return Part(name, steps, curve([step.seconds for step in steps], accuracy), peak_mb)
+
+
+def load_job(options: argparse.Namespace) -> Config:
+    """The job, with the overrides that this machine and the command line ask for."""
+    overrides = [f"train.steps={options.steps}", f"eval.every={options.eval_every}"]
+    if options.device == "cuda":
+        overrides += ["rollout.cores=null", "train.cores=null", f"rollout.gpu_memory_utilization={ALLOCATOR_SHARE}"]
+    elif len(options.cores) > 1:
+        half = len(options.cores) // 2
+        overrides += [f"rollout.cores={number_list(options.cores[:half])}"]
+        overrides += [f"train.cores={number_list(options.cores[half:])}"]
+    return load_config(JOB, overrides + options.overrides)
+
+
+def number_list(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def write_json(parts: list[Part], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of what is measured so far, also written to `--json`: an interruption loses one part at most."""
+    rows = rows_of(parts, {name: (row.skip_first, row.skip_last) for name, row in TRAINERS.items()})
+    if options.json is not None:
+        keys = ("device", "cores", "steps", "rounds", "overrides", "trl_micro_batch", "trl_attention")
+        settings = {key: getattr(options, key) for key in keys} | {"cpu": cpu_name()}
+        text = json.dumps([{**row, "settings": settings} for row in rows], indent=1)
+        aside = options.json.with_name(f".{options.json.name}.tmp")
+        aside.write_text(text + "\n")
+        aside.replace(options.json)
+    return rows
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write, after each part")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each run")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each trainer, in alternation")
+    parser.add_argument("--trainers", default=",".join(TRAINERS))
+    parser.add_argument("--eval-every", type=int, default=4, help="0: before and after only")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--cores", help="cores of each trainer, e.g. 0-1; default: the first two, on a GPU all")
+    parser.add_argument("--trl-micro-batch", type=int, default=32, help="per_device_train_batch_size")
+    parser.add_argument("--trl-attention", choices=["sdpa", "eager"], default="sdpa", help="attn_implementation")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the job, for all trainers")
+    options = parser.parse_args(arguments)
+    options.trainers = options.trainers.split(",")
+    if unknown := set(options.trainers) - set(TRAINERS):
+        parser.error(f"--trainers: no such trainer: {', '.join(sorted(unknown))}; there are {', '.join(TRAINERS)}")
+    if options.device == "auto":
+        import torch
+
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = available_cores()
+    usual = available[:2] if options.device == "cpu" else available
+    options.cores = parse_cores(options.cores, "--cores") if options.cores else usual
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    # Ended from outside: the children's own ends are in `finally` clauses.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.sched_setaffinity(0, options.cores)
+    job = load_job(options)
+    parts: list[Part] = []
+    for number in range(options.rounds):
+        for name in options.trainers:
+            config = override(job, TRAINERS[name].overrides)
+            started = time.perf_counter()
+            with tempfile.TemporaryDirectory(prefix="end-to-end-") as folder:
+                run = run_trl if name == "trl" else run_ours
+                part = replace(run(name, config, Path(folder), options), number=number)
+            parts.append(part)
+            rows = write_json(parts, options)
+            print(f"round {number + 1}, {name}: {time.perf_counter() - started:.0f} s in all", flush=True)
+            print_table(rows)
+
+
+def override(job: Config, overrides: tuple[str, ...]) -> Config:
+    """The job with a row's own overrides."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(dump_config(job))
+        file.flush()
+        return load_config(Path(file.name), list(overrides))
+
+
+if __name__ == "__main__":
+    main()

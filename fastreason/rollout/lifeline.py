@@ -1,0 +1,176 @@
+"""One engine server over its deaths: notices that it is lost, waits for the next, and has it made what the last one was.
+
+It starts no process: the launcher restarts a server that died by itself, and one that is reported as hung. Whatever is done
+on the engine goes through `call`, which does it again when the server is lost in the middle.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fastreason.errors import EngineError
+from fastreason.patience import Patience
+from fastreason.rollout.connection import Connection, NoAnswerError, ServerLostError
+
+T = TypeVar("T")
+BEAT = ("/collective_rpc", {"method": "fastreason_beat"})
+LONGEST_BEAT_S = 5.0
+POLL_S = 0.1
+MOST_TRIES = 10  # a server is restarted fewer times than that without a step between
+
+
+class Lifeline:
+    """The current connection to one address.
+
+    `connect` makes a connection, `revive(connection)` gives a new server what the last one had (weights). `on_hung(reason)`
+    has the server killed and restarted: called when no heartbeat came back for `hang_timeout_s` seconds; without it a hung
+    server is an EngineError. `on_event(name, text)` hears of "engine_lost" (why) and "engine_back" (after how long).
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        revive: Callable[[Connection], Awaitable[None]],
+        *,
+        startup_timeout_s: float,
+        hang_timeout_s: float,
+        on_hung: Callable[[str], None] | None,
+        on_event: Callable[[str, str], None] | None,
+    ) -> None:
+        self._connect, self._revive = connect, revive
+        self._startup_timeout_s, self._hang_timeout_s = startup_timeout_s, hang_timeout_s
+        self._on_hung, self._on_event = on_hung, on_event or (lambda name, text: None)
+        self._connection: Connection | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self.num_losses = self.num_restarts = 0  # times that it was lost, and was then found replaced
+
+    async def start(self) -> None:
+        """Return when the server answers; raises EngineError when it does not in time, or refuses the key."""
+        self._connection = await self._reach(Patience(self._startup_timeout_s), other_than=None)
+        self._listen(self._connection)
+
+    async def call(self, work: Callable[[Connection], Awaitable[T]], what: str) -> T:
+        """Do `work` on a living server, from the start again each time that the server is lost meanwhile.
+
+        Raises EngineError when the server does not come back, or `what` was tried too often.
+        """
+        reason = ""
+        for _ in range(MOST_TRIES):
+            connection = await self._alive()
+            try:
+                return await work(connection)
+            except ServerLostError as loss:
+                reason = str(loss)
+                self._lose(connection, reason)
+        raise EngineError(
+            f"{what} was tried {MOST_TRIES} times, and each time the server was lost; the last time: {reason}"
+        )
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._recovery, self._heart) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._connection is not None:
+            await self._connection.close()
+            self._connection = None
+
+    async def _alive(self) -> Connection:
+        if self._recovery is not None:
+            await asyncio.shield(self._recovery)
+        if self._connection is None:
+            raise EngineError("the engine is not started, or closed")
+        return self._connection
+
+    def _lose(self, connection: Connection, reason: str, hung: bool = False) -> None:
+        """Give up a connection and recover; what is lost already is no news."""
+        if connection.lost is not None:
+            return
+        connection.give_up(reason, hung)
+        if connection is not self._connection:
+            return  # one that is being revived: the recovery that does so looks for the next
+        self.num_losses += 1
+        self._on_event("engine_lost", reason)
+        self._recovery = asyncio.create_task(self._recover(connection))
+        self._recovery.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # also if nobody waits for it
+
+    async def _recover(self, lost: Connection) -> None:
+        started, patience = time.monotonic(), Patience(self._startup_timeout_s)
+        await lost.close()
+        if lost.hung and self._on_hung is None:
+            raise EngineError(str(lost.lost))
+        former = lost
+        while True:
+            connection = await self._reach(patience, other_than=former.instance if former.hung else None)
+            self._listen(connection)
+            try:
+                await self._revive(connection)
+                break
+            except ServerLostError as loss:
+                connection.give_up(str(loss))
+                await connection.close()
+                former = connection
+                await asyncio.sleep(POLL_S)
+        self.num_restarts += connection.instance != lost.instance
+        self._connection, self._recovery = connection, None
+        self._on_event("engine_back", f"{time.monotonic() - started:.1f} s")
+
+    async def _reach(self, patience: Patience, other_than: str | None) -> Connection:
+        """A connection to the server once it is healthy, and is not the start `other_than`, which hangs."""
+        connection = self._connect()
+        sick, reported = Patience(min(LONGEST_BEAT_S, self._hang_timeout_s)), False
+        try:
+            while True:
+                seen = await connection.look()
+                if seen is not None and seen[0] == 401:
+                    raise EngineError(f"the {connection.server} refused the key of this run (401)")
+                if seen is not None and seen[0] == 200 and (other_than is None or seen[1] != other_than):
+                    connection.instance = seen[1]
+                    return connection
+                sick.look()
+                if seen is None or seen[0] == 200:
+                    sick.renew()
+                elif sick.exhausted and self._on_hung is not None and not reported:
+                    # Its engine died under it. It should have ended itself by now, and waits for something.
+                    self._on_hung(f"the {connection.server} answers /health with {seen[0]}, and does not end")
+                    reported = True
+                patience.look()
+                if patience.exhausted:
+                    raise EngineError(
+                        f"the {connection.server} did not answer within rollout.startup_timeout_s="
+                        f"{self._startup_timeout_s:g} s. Raise it if the model is large; see logs/engine.log in the run's "
+                        "folder."
+                    )
+                await asyncio.sleep(POLL_S)
+        except BaseException:
+            await connection.close()
+            raise
+
+    def _listen(self, connection: Connection) -> "asyncio.Task[None]":
+        """Let a connection's heart beat, and that of the last one stop."""
+        if self._heart is not None:
+            self._heart.cancel()
+        self._heart = asyncio.create_task(self._beat(connection))
+        return self._heart
+
+    async def _beat(self, connection: Connection) -> None:
+        """Ask for a sign of life of the innermost process, through all that lie before it, until none comes."""
+        while True:
+            try:
+                await connection.ask(*BEAT, limit_s=self._hang_timeout_s)
+            except ServerLostError as loss:
+                return self._lose(connection, str(loss))
+            except NoAnswerError:
+                reason = (
+                    f"the {connection.server} shows no sign of life since run.hang_timeout_s={self._hang_timeout_s:g} s"
+                )
+                if self._on_hung is not None:
+                    self._on_hung(reason)
+                return self._lose(connection, reason, hung=True)
+            except EngineError:
+                pass  # an error is a sign of life; those who ask for something else will meet it
+            await asyncio.sleep(min(LONGEST_BEAT_S, self._hang_timeout_s / 3))

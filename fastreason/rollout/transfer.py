@@ -1,0 +1,122 @@
+"""How a paused engine is made to take an update: from an exchange file by our worker extension, or by vLLM's own transfer.
+
+Each way has what may be done while generation goes on (`prepare`) and what may not (`load`), and proves by a checksum of
+what the model was handed that it is what was sent. The ways between GPUs follow vLLM 0.28's HTTP interface
+(/init_weight_transfer_engine, /start_weight_update, /update_weights, /finish_weight_update) and have not run on a GPU yet.
+"""
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from fastreason.rollout.connection import Connection
+from fastreason.rollout.server import LOOPBACK
+from fastreason.transport import TransferRequest, read_manifest
+from fastreason.types import WeightUpdate
+
+READ_AHEAD_BYTES = 1 << 30  # from here on reading takes longer than the decoding step for which asking for it waits
+READ_SPEED = 2e9  # bytes/s, from shared memory
+
+Reports = list[dict[str, Any]]
+
+
+class Transfer(Protocol):
+    async def prepare(self, connection: Connection, update: WeightUpdate) -> None:
+        """What can be done before the pause."""
+
+    async def load(self, connection: Connection, update: WeightUpdate) -> Reports:
+        """Hand the weights to the paused engine; a report of each worker, as `WeightWorker.fastreason_load` makes it."""
+        ...
+
+
+async def call_workers(connection: Connection, method: str, **arguments: Any) -> Reports:
+    """What each worker of the engine answers to one of `WeightWorker`'s methods."""
+    answer = await connection.ask("/collective_rpc", {"method": method, "kwargs": arguments})
+    return answer.body["results"]
+
+
+class FileTransfer:
+    """A safetensors file in the exchange folder."""
+
+    async def prepare(self, connection: Connection, update: WeightUpdate) -> None:
+        if update.num_bytes >= READ_AHEAD_BYTES:
+            await call_workers(connection, "fastreason_prepare", path=update.path, checksum=update.checksum)
+            await asyncio.sleep(update.num_bytes / READ_SPEED)
+
+    async def load(self, connection: Connection, update: WeightUpdate) -> Reports:
+        return await call_workers(connection, "fastreason_load", path=update.path, checksum=update.checksum)
+
+
+class HandleTransfer:
+    """CUDA IPC: the update request carries the handles of the trainer's copy."""
+
+    def __init__(self) -> None:
+        self._joined: Connection | None = None
+
+    async def prepare(self, connection: Connection, update: WeightUpdate) -> None:
+        if self._joined is not connection:
+            await self._join(connection, update)
+            self._joined = connection
+
+    async def _join(self, connection: Connection, update: WeightUpdate) -> None:
+        await connection.ask("/init_weight_transfer_engine", {"init_info": {"packed": False}})
+
+    async def load(self, connection: Connection, update: WeightUpdate) -> Reports:
+        manifest = read_manifest(update.path)
+        described = {"names": manifest.names, "dtype_names": manifest.dtype_names, "shapes": manifest.shapes}
+        await call_workers(connection, "fastreason_watch")
+        await connection.ask("/start_weight_update")
+        await self._begin(update)
+        await connection.ask("/update_weights", {"update_info": {**described, **manifest.offer}})
+        await connection.ask("/finish_weight_update")
+        return await call_workers(connection, "fastreason_watched")
+
+    async def _begin(self, update: WeightUpdate) -> None:
+        """Have the trainer do its part."""
+
+
+class BroadcastTransfer(HandleTransfer):
+    """NCCL: trainer and workers form a group once per server; then the trainer broadcasts when it is asked to."""
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__()
+        self._world_size = 1 + num_workers
+
+    async def _join(self, connection: Connection, update: WeightUpdate) -> None:
+        port = free_port()
+        self._request(update, TransferRequest(what="join", port=port, world_size=self._world_size))
+        init_info = {
+            "master_address": LOOPBACK,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": self._world_size,
+            "packed": False,
+        }
+        await connection.ask("/init_weight_transfer_engine", {"init_info": init_info})
+
+    async def _begin(self, update: WeightUpdate) -> None:
+        self._request(update, TransferRequest(what="send"))
+
+    def _request(self, update: WeightUpdate, request: TransferRequest) -> None:
+        """Leave a request for the trainer beside the update; whole at once."""
+        path = Path(update.path).parent / f"transfer-{time.time_ns()}.json"
+        aside = path.with_suffix(".writing")
+        aside.write_bytes(msgspec.json.encode(request))
+        aside.rename(path)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def make_transfer(transport: str, num_workers: int) -> Transfer:
+    """The engine's side of `rollout.transport`; `num_workers` take the weights."""
+    if transport == "ipc":
+        return HandleTransfer()
+    return BroadcastTransfer(num_workers) if transport == "nccl" else FileTransfer()

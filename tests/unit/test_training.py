@@ -1,0 +1,232 @@
+"""The training step with a stand-in for the updater: which rows an update has, what divides its loss, what is counted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastreason_kernels import PolicyLossOutput
+
+from fastreason.algorithms import resolve_algorithm
+from fastreason.config import parse_config
+from fastreason.training import TrainingStep
+from fastreason.types import Grade, Group, Prompt, Sample
+from fastreason.update.updater import UpdateResult
+
+
+class Updater:
+    """Keeps what it was asked for; every log-probability is -1."""
+
+    def __init__(self):
+        self.updates, self.num_skipped = [], 0
+
+    def logprobs(self, batches, spec, temperature):
+        return [torch.full_like(batch.sampler_logp_N, -7.0) for batch in batches]
+
+    def update(self, batches, spec, temperature, denominator):
+        self.updates.append((batches, denominator))
+        return UpdateResult([output_of(batch) for batch in batches], 0.5, 1.0, 1e-3, True)
+
+    def skip(self):
+        self.num_skipped += 1
+        return UpdateResult([], 0.0, 0.0, 2e-3, True, empty=True)
+
+
+def output_of(batch):
+    values = torch.zeros(len(batch.ids_N))
+    flags = torch.ones(len(batch.ids_N), dtype=torch.bool)
+    return PolicyLossOutput(torch.zeros(()), values - 1, values, values, values + 1, ~flags, flags)
+
+
+def sample(reward, length, finish="stop"):
+    return Sample(
+        token_ids=list(range(1, length + 1)),
+        sampler_logp=[-1.5] * length,
+        token_versions=[0] * length,
+        text="",
+        finish_reason=finish,
+        grade=Grade(reward=reward, correct=reward > 0),
+    )
+
+
+def group(ticket, *samples):
+    prompt = Prompt(id=str(ticket), text="")
+    return Group(ticket=ticket, prompt=prompt, prompt_token_ids=[50 + ticket], samples=list(samples), version_issued=0)
+
+
+def make_step(updater, *, rank=0, num_ranks=1, prompts=3, **sections):
+    raw = {
+        "model": {"path": "none"},
+        "data": {"task": "chain_sum"},
+        "rollout": {"samples_per_prompt": 2, "max_new_tokens": 8},
+        "algorithm": {"name": "reinforce"},
+        "train": {"steps": 1, "prompts_per_step": prompts, "ranks": num_ranks},
+    }
+    for name, keys in sections.items():
+        raw[name] = {**raw.get(name, {}), **keys}
+    config = parse_config(raw)
+    ranks = SimpleNamespace(rank=rank, num=num_ranks, sum=lambda v: v, max=lambda v: v)
+    return TrainingStep(config, resolve_algorithm(config), updater, ranks, "padded", 0)
+
+
+def groups():
+    """All right, mixed with a truncated response, all wrong: 5, 11 and 3 tokens."""
+    return [
+        group(0, sample(1.0, 2), sample(1.0, 3)),
+        group(1, sample(1.0, 3), sample(-1.0, 8, "length")),
+        group(2, sample(-1.0, 1), sample(-1.0, 2)),
+    ]
+
+
+def rows(updater):
+    """Of each update: {(prompt, length of the response): (advantage, token weight)}, and the denominator."""
+    found = []
+    for batches, denominator in updater.updates:
+        members = {}
+        for batch in batches:
+            for row in range(batch.num_rows):
+                tokens = batch.sequence_N == row
+                prompt = int(batch.input_ids_BL[row, 0]) - 50
+                (advantage,) = set(batch.advantages_N[tokens].tolist())
+                (weight,) = set(batch.token_weight_N[tokens].tolist())
+                members[prompt, int(tokens.sum())] = (advantage, weight)
+        found.append((members, denominator))
+    return found
+
+
+def train(**sections):
+    updater = Updater()
+    figures = make_step(updater, **sections)(groups())
+    return rows(updater), figures
+
+
+ALL = {(0, 2): 1.0, (0, 3): 1.0, (1, 3): 1.0, (1, 8): -1.0, (2, 1): -1.0, (2, 2): -1.0}
+# keys of the algorithm, the rows that are left of ALL, denominators of token_mean, sequence_mean and constant,
+# rows masked, groups filtered
+CASES = {
+    "as they are": ({}, {0, 1, 2}, (19, 6, 48), 0, 0),
+    "all right at zero": ({"filter": "all_right", "filtered": "zero"}, {1, 2}, (19, 6, 48), 0, 1),
+    "at zero without saying so": ({"filter": "all_right"}, {1, 2}, (19, 6, 48), 0, 1),
+    "all right removed": ({"filter": "all_right", "filtered": "remove"}, {1, 2}, (14, 4, 32), 0, 1),
+    "all wrong removed": ({"filter": "all_wrong", "filtered": "remove"}, {0, 1}, (16, 4, 32), 0, 1),
+    "both removed": ({"filter": "both", "filtered": "remove"}, {1}, (11, 2, 16), 0, 2),
+    "both at zero": ({"filter": "both", "filtered": "zero"}, {1}, (19, 6, 48), 0, 2),
+    "constant removed": ({"filter": "constant", "filtered": "remove"}, {1}, (11, 2, 16), 0, 2),
+    "some arrive after a refill": ({"filter": "both", "filtered": "refill"}, {1}, (11, 2, 16), 0, 2),
+    "masked": ({"truncated": "mask"}, {0, 1, 2}, (11, 5, 40), 1, 0),
+    "masked and filtered": ({"truncated": "mask", "filter": "both", "filtered": "zero"}, {1}, (11, 5, 40), 1, 2),
+}
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_left_out_and_what_divides(case, aggregation, skip):
+    algorithm, prompts, denominators, masked, filtered = CASES[case]
+    ((members, denominator),), figures = train(
+        algorithm={**algorithm, "aggregation": aggregation}, train={"skip_zero_advantage": skip}
+    )
+    expected = {key: advantage for key, advantage in ALL.items() if key[0] in prompts}
+    if algorithm.get("truncated") == "mask":
+        del expected[1, 8]
+    assert {key: advantage for key, (advantage, _) in members.items()} == expected
+    for (_, length), (_, weight) in members.items():
+        assert weight == pytest.approx(1 / length if aggregation == "sequence_mean" else 1.0)
+    assert denominator == denominators[AGGREGATIONS.index(aggregation)]
+    counts = {"train/masked_rows": masked, "train/filtered_groups": filtered, "train/empty_updates": 0}
+    assert {key: figures[key] for key in counts} == counts
+
+
+def test_rows_at_zero_weigh_nothing_in_any_term():
+    """An entropy bonus would move rows without an advantage too: those of filtered groups are left out of it."""
+    keys = {"filter": "both", "filtered": "zero", "entropy_coef": 0.1}
+    ((members, denominator),), _ = train(algorithm=keys)
+    assert set(members) == {(1, 3), (1, 8)} and denominator == 19
+
+
+def test_a_masked_response_still_counts_in_the_mean_of_its_group():
+    keys = {"name": "grpo", "advantage": {"std": False}, "truncated": "mask"}
+    ((members, _),), _ = train(algorithm=keys, train={"skip_zero_advantage": False})
+    # Rewards 1 and -1: the mean is 0 with the masked one, and would be 1 without.
+    assert members[1, 3][0] == 1.0 and (1, 8) not in members
+
+
+@pytest.mark.parametrize(
+    ("penalty", "buffer", "expected"),
+    [
+        (0.5, 0, {(1, 8): -1.5}),
+        # A buffer of 6 of 8 tokens: a response of 3 tokens is one sixth into it, the one of 2 tokens is not.
+        (0.6, 6, {(0, 3): 1 - 0.1, (1, 3): 1 - 0.1, (1, 8): -1 - 0.6}),
+    ],
+)
+def test_overlong_responses_are_penalised_in_the_advantage_alone(penalty, buffer, expected):
+    keys = {"truncated": "penalise", "truncation_penalty": penalty, "truncation_buffer": buffer}
+    ((members, denominator),), _ = train(algorithm=keys)
+    assert {key: advantage for key, (advantage, _) in members.items()} == pytest.approx(ALL | expected)
+    assert denominator == 19
+
+
+def test_a_penalty_makes_a_signal_where_all_are_right():
+    batch = [group(0, sample(1.0, 3), sample(1.0, 8, "length"))]
+    keys = {"name": "grpo", "advantage": {"std": False}, "truncated": "penalise"}
+    updater = Updater()
+    make_step(updater, prompts=1, algorithm=keys)(batch)
+    ((members, _),) = rows(updater)
+    assert {key: advantage for key, (advantage, _) in members.items()} == {(0, 3): 0.5, (0, 8): -0.5}
+    assert batch[0].rewards_G == [1.0, 1.0], "the reward that is logged stays as it was"
+
+
+@pytest.mark.parametrize("filtered", ["zero", "remove", "refill"])
+def test_an_update_without_a_row_is_skipped_and_counted(filtered):
+    updater = Updater()
+    keys = {"filter": "both", "filtered": filtered, "ratio_against": "trainer", "importance": "truncate"}
+    step = make_step(updater, algorithm=keys, train={"prompts_per_update": 1})
+    figures = step(groups())
+    assert (len(updater.updates), updater.num_skipped) == (1, 2)
+    assert (figures["train/empty_updates"], figures["train/updates"]) == (2.0, 3.0)
+    # Means over the one update that was made; the rate is that of the last, skipped one.
+    assert (figures["loss/policy"], figures["train/grad_norm"], figures["train/lr"]) == (0.5, 1.0, 2e-3)
+    # It is also the first from the weights of this step: the mismatch is measured, and no recomputed logp is needed.
+    assert figures["mismatch/logp_abs_mean"] == 0.5
+    ((batches, _),) = updater.updates
+    assert all(batch.behaviour_logp_N is None for batch in batches)
+
+
+def test_a_step_without_any_row_is_all_skipped():
+    updater = Updater()
+    batch = [group(number, sample(1.0, 0), sample(-1.0, 8, "length")) for number in range(3)]
+    figures = make_step(updater, algorithm={"truncated": "mask"})(batch)
+    assert (updater.updates, updater.num_skipped) == ([], 1)
+    assert figures["train/masked_rows"] == 3.0 and figures["train/tokens"] == 0.0
+    assert figures["loss/policy"] == figures["mismatch/ess"] == figures["mismatch/ratio_min"] == 0.0
+
+
+def test_every_rank_makes_as_many_micro_batches_or_skips():
+    """One row is left for two ranks: one of them gets a filler, which counts nowhere."""
+    keys = {"filter": "both", "filtered": "remove", "truncated": "mask"}
+    found = []
+    for rank in range(2):
+        updater = Updater()
+        step = make_step(updater, rank=rank, num_ranks=2, algorithm=keys, train={"prompts_per_update": 1})
+        figures = step(groups())
+        assert updater.num_skipped == 2
+        found.append((rows(updater), figures["mismatch/weight_mean"]))
+    assert found == [([({(1, 3): (1.0, 1.0)}, 3)], 1.0), ([({(1, 3): (0.0, 0.0)}, 3)], 0.0)]
+
+
+def test_importance_weights_are_logged_as_the_loss_applies_them():
+    """Trainer at -1 (or recomputed: -7), sampler at -1.5: e^0.5 = 1.65 a token, and a product over a sequence."""
+    keys = {"ratio_against": "trainer", "importance": "truncate", "importance_cap": 4.0}
+    _, figures = train(algorithm=keys)
+    assert figures["mismatch/weight_mean"] == pytest.approx(1.6487, rel=1e-4)
+    assert figures["mismatch/weight_capped_share"] == 0.0
+    _, figures = train(algorithm={**keys, "importance_level": "sequence"})
+    # e^0.5, e^1 in rows of 1 and 2 tokens; beyond are those of 3 and 8 tokens, 14 of 19.
+    mean = (1 * 1.64872 + 4 * 2.71828 + 14 * 4.0) / 19
+    assert figures["mismatch/weight_mean"] == pytest.approx(mean, rel=1e-4)
+    assert figures["mismatch/weight_capped_share"] == pytest.approx(14 / 19)
+    _, figures = train(algorithm=keys, train={"prompts_per_update": 1})
+    # Several updates: the weights are of the log-probabilities from before the first.
+    assert figures["mismatch/weight_mean"] == pytest.approx(0.0040868, rel=1e-4)
+    # The ratio itself is measured at the first update, against what the trainer says there.
+    assert figures["mismatch/ratio_mean"] == pytest.approx(1.6487, rel=1e-4)
