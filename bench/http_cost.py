@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -351,6 +352,8 @@ def main() -> None:
     options = parser.parse_args()
     from fastreason.models import resolve_model
 
+    # The server and the peers must end, and the exchange folder go, also where a timeout ends this process.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     config = make_config(options)
     model_dir = resolve_model(config.model)
     requests = make_requests(config, model_dir, options)

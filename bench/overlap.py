@@ -4,7 +4,7 @@
     python bench/overlap.py --real [--runs 3] [--json FILE]
 
 --simulate runs the production scheduler in virtual time (overlap_simulation.py) and fails where a step takes longer than
-1.02 * (max(g, t) + s), or a group was staler than S. --tails adds rows whose bound no scheduler keeps, to see by how much:
+1.02 * (max(g, t) + s), or a group was staler than S. --tails adds rows that miss the bound, to see by how much:
 batches that differ in length, on an engine whose token step takes as long as what runs is large.
 
 --real runs `fastreason train` with SmolLM2-135M, vLLM on one core and the trainer on another (overlap_real.py).
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", type=Path, help=f"rows; --real writes {REAL_JSON.relative_to(HERE.parent)} by default"
     )
     parser.add_argument("--steps", type=int, default=200, help="simulate: steps of a run")
-    parser.add_argument("--tails", action="store_true", help="simulate: also the rows that cannot keep the bound")
+    parser.add_argument("--tails", action="store_true", help="simulate: also the rows that miss the bound")
     parser.add_argument("--runs", type=int, default=3, help="real: pairs of runs")
     parser.add_argument("--workdir", type=Path, help="real: folder for the runs; default: a temporary one")
     parser.add_argument("--engine-core", type=int, default=0)

@@ -29,21 +29,21 @@ from fastreason.exchange import ExchangeFolder, write_weights
 from fastreason.models import resolve_model
 from fastreason.rollout.connection import Connection
 from fastreason.rollout.server import new_key
+from fastreason.rollout.transfer import FileTransfer, Reports
 from fastreason.rollout.vllm import VllmEngine, make_server
 from fastreason.types import LoadReport, SamplingParams, WeightUpdate
 
 LONGEST_PAUSE_S, SLACK = 0.7, 1.3
 
 
-class RecordingEngine(VllmEngine):
-    """Keeps what the worker said of the last load."""
+class RecordingTransfer(FileTransfer):
+    """Keeps what the workers said of the last load."""
 
     reload_s = 0.0
 
-    async def _rpc(self, connection: Connection, method: str, **arguments: Any) -> list[dict[str, Any]]:
-        reports = await super()._rpc(connection, method, **arguments)
-        if method == "fastreason_load":
-            self.reload_s = max(report["reload_s"] for report in reports)
+    async def load(self, connection: Connection, update: WeightUpdate) -> Reports:
+        reports = await super().load(connection, update)
+        self.reload_s = max(report["reload_s"] for report in reports)
         return reports
 
 
@@ -82,11 +82,12 @@ async def keep_running(engine: VllmEngine, num_requests: int, stop: asyncio.Even
 
 
 async def measure(
-    engine: RecordingEngine, tensors: dict[str, torch.Tensor], folder: Path, options: Any
+    engine: VllmEngine, tensors: dict[str, torch.Tensor], folder: Path, options: Any
 ) -> list[dict[str, float]]:
     cores, own = parse_cores(options.cores), os.sched_getaffinity(0)
     target = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     time_copy(tensors, target)
+    engine._transfer = transfer = RecordingTransfer()
     await engine.start()
     stop = asyncio.Event()
     running = asyncio.create_task(keep_running(engine, options.running, stop))
@@ -114,7 +115,7 @@ async def measure(
                 {
                     "pause_s": report.pause_s,
                     "load_s": report.load_s,
-                    "reload_s": engine.reload_s,
+                    "reload_s": transfer.reload_s,
                     "copy_s": copy_s,
                     "total_s": report.total_s,
                 }
@@ -159,7 +160,7 @@ def main() -> int:
     child = server.start()
     torch.set_num_threads(1)
     try:
-        engine = RecordingEngine(server.url, key, config.rollout)
+        engine = VllmEngine(server.url, key, config.rollout)
         rows = asyncio.run(measure(engine, tensors, exchange.path, options))
     except BaseException:
         print(server.explain_end(), file=sys.stderr)

@@ -178,7 +178,7 @@ def run_collector(session: Session, config: Config) -> Outcome:
 
     def on_batch(number: int) -> None:
         client.collected()
-        progress.update("generate", step=number)
+        progress.update("generate", done=number, total=config.train.steps, step=number)
 
     client.start(0, 0, None)
     progress.update("generate", step=0)
@@ -235,7 +235,11 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         parts.trace = Trace(run_dir if config.log.trace else None, "trainer")
         parts.rollouts = client = make_rollouts(session, config, stop)
     loop = Loop(parts)
-    finished = loop.run()
+    try:
+        finished = loop.run()
+    except BaseException:
+        parts.trace.close()  # the last second of the timeline is what one wants to see of a run that failed
+        raise
     if finished and config.checkpoint.save_model:
         if parts.progress is not None:
             parts.progress.update("save model", step=loop.step)

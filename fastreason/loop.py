@@ -204,8 +204,12 @@ class Loop:
         self.version = version
         if parts.rollouts is None or update is None:
             return None
-        with parts.trace.span("publication", "load", version=version):
-            return parts.rollouts.publish(update, self.num_groups)
+        started = time.time()
+        report = parts.rollouts.publish(update, self.num_groups)
+        parts.trace.complete(
+            "publication", "load", started, time.time(), version=version, pause_s=round(report.pause_s, 4)
+        )
+        return report
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0

@@ -223,9 +223,9 @@ class VllmEngine:
         connection.allowance_s = update.num_bytes / SLOWEST_LOAD
         try:
             await self._transfer.prepare(connection, update)
-            _, num_resumes = await connection.ask(PAUSE[self._config.update_mode])
-            paused = time.perf_counter()
             try:
+                _, num_resumes = await connection.ask(PAUSE[self._config.update_mode])
+                paused = time.perf_counter()
                 reports = await self._transfer.load(connection, update)
                 if not reports or any(report["checksum"] != update.checksum for report in reports):
                     raise EngineError(
@@ -234,6 +234,7 @@ class VllmEngine:
                 self._stamps.switch(reports[0]["tokens_before"], update.version, num_resumes)
                 self.version = update.version
             finally:
+                # Also when we were told to stop before the pause was answered: it may have been heard.
                 await connection.ask("/resume")
         finally:
             connection.allowance_s = 0.0

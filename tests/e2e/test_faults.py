@@ -57,18 +57,20 @@ class Striker:
         )  # fmt: skip
         self.engine, self.step = engine, 0
         self.num_strikes = {"engine": 0, "producer": 0, "grader": 0}
-        self._struck_at = dict.fromkeys(self.num_strikes, 0.0)
+        self._newest = dict.fromkeys(self.num_strikes, 0.0)  # start of the process that was struck last
         self._mark = self.run.folder / "mark"
         self.run.environment |= {"TEST_REWARD_SLEEP_S": "0.05", "TEST_REWARD_MARK": str(self._mark)}
 
     def victim(self, name: str) -> psutil.Process:
-        """A process of that part, started after the last strike at the part."""
+        """A process of that part, started after the one that was struck last."""
         engine_words = ENGINE_WORDS[self.engine]
         words = WORDS.get(name) or (engine_words[self.num_strikes["engine"] % len(engine_words)],)
         found: list[psutil.Process] = []
 
         def look() -> bool:
-            found[:] = [p for p in self.run.find(*words) if started_at(p) > self._struck_at[name]]
+            found[:] = [p for p in self.run.find(*words) if started_at(p) > self._newest[name]]
+            if name == "grader":  # they end with their producer
+                found[:] = [p for p in found if started_at(p.parent()) > self._newest["producer"]]
             return bool(found)
 
         self.run.until(look, timeout_s=LIMIT_S[self.engine], what=f"a {name} that was not struck yet")
@@ -79,7 +81,7 @@ class Striker:
         for _ in range(4):
             process = self.victim(name)
             self.await_phase(phase, grading=name == "grader" and phase == "generate")
-            self._struck_at[name] = time.time()
+            self._newest[name] = started_at(process)
             process.send_signal(number)
             self.num_strikes[name] += 1
             if self.run.phase() == (phase, self.step):
@@ -136,9 +138,10 @@ class Striker:
             assert fresh and max(fresh) < 1e-5
 
 
-def started_at(process: psutil.Process) -> float:
+def started_at(process: psutil.Process | None) -> float:
+    """0 for one that is gone."""
     try:
-        return process.create_time()
+        return process.create_time() if process is not None else 0.0
     except psutil.Error:
         return 0.0
 

@@ -14,7 +14,8 @@ HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
 PURE = {"advantages", "filtering", "losses", "packing", "rewards"}
-PLUMBING = {"metrics", "ledger", "exchange", "transport", "processes", "ranks", "models", "session", "patience", "beats", "trace"}
+PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
+PLUMBING |= {"processes", "session", "patience", "beats"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
 PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report", "training"}

@@ -264,7 +264,30 @@ def job_not_finite() -> dict[str, Any]:
     return found
 
 
+def job_skip() -> dict[str, Any]:
+    """An update, one without a row, another update, on every rank."""
+    import torch.distributed as dist
+
+    batches = micro_batches(make_rows()[dist.get_rank() :: dist.get_world_size()], 1)
+    found = {}
+    for stage, dtype in ((2, "float32"), (3, "bfloat16")):
+        updater = make_updater(stage, tiny_model(getattr(torch, dtype)), dtype)
+        first = run_updates(updater, batches, 1)[0]
+        before = whole_weights(updater)
+        skipped = updater.skip()
+        after = whole_weights(updater)
+        last = run_updates(updater, batches, 1)[0]
+        found[f"zero-{stage}/{dtype}"] = {
+            "lr": [first["lr"], skipped.lr, last["lr"]],
+            "empty": (skipped.empty, skipped.outputs),
+            "unchanged": all(torch.equal(before[n], after[n]) for n in before),
+            "moved": not all(torch.equal(t, after[n]) for n, t in whole_weights(updater).items()),
+        }
+    return found
+
+
 JOBS = {
+    "skip": job_skip,
     "stages": job_stages,
     "untied": job_untied,
     "settings": job_settings,
@@ -340,7 +363,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("two"), 2, ["stages", "untied", "resume"], 240)
+    return launch(tmp_path_factory.mktemp("two"), 2, ["stages", "untied", "resume", "skip"], 240)
 
 
 def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -417,6 +440,15 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(one_rank, two_ranks, ranks):
         assert results[0]["lr"] == pytest.approx(RATES[2]), setting
         for name, tensor in weights.items():
             assert torch.equal(tensor, loaded_weights[name]), f"{setting}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_skipped_update_rests_weights_and_optimizer_but_counts_in_the_schedule(one_rank, two_ranks, ranks):
+    for setting, found in (one_rank if ranks == 1 else two_ranks)["skip"].items():
+        assert found["lr"] == pytest.approx(RATES), setting
+        assert found["empty"] == (True, []) and found["unchanged"], setting
+        assert found["moved"], setting
 
 
 @pytest.mark.slow

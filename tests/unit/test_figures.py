@@ -144,6 +144,12 @@ def test_effective_sample_size_of_tokens_and_of_sequences():
     assert figures["mismatch/logp_abs_max"] == 30.0
 
 
+def test_ratios_beyond_the_bound_weigh_the_same():
+    off = [(micro_batch([logp]), output([-1.0], [0.0], [0.0], [1.0], [False]), True) for logp in (-26.0, -31.0)]
+    figures = totals_of(*off)
+    assert figures["mismatch/ess"] == figures["mismatch/sequence_ess"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("weights", "share"), [([2.0, 2.0, 2.0], 1.0), ([1.0, 0.0, 0.0, 0.0], 0.25), ([3.0, 1.0], 0.8), ([], 0.0)]
 )
