@@ -18,6 +18,12 @@ def _number_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _switch_text(value: Any) -> Any:
+    """YAML reads `on` and `off` as booleans."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], pydantic.BeforeValidator(_switch_text)]
 NumberList = Annotated[str, pydantic.BeforeValidator(_number_text)]
 
 
@@ -49,9 +55,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: flash-attn where it can be imported and the device is a GPU, else sdpa"
     )
-    liger: Literal["auto", "on", "off"] = Field(
-        "auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on a GPU"
-    )
+    liger: Switch = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on a GPU")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, more time"
     )
@@ -231,7 +235,7 @@ class TrainConfig(Section):
     micro_batch_tokens: int = Field(
         8192, ge=1, description="tokens (padding included) per forward and backward, per rank"
     )
-    share_prompts: Literal["auto", "on", "off"] = Field(
+    share_prompts: Switch = Field(
         "auto", description="compute a prompt once for all of its group's samples; auto: on a CPU"
     )
     skip_zero_advantage: bool = Field(

@@ -37,7 +37,9 @@ class ProducerClient:
     def _connect(self, interrupted: Callable[[], bool]) -> None:
         sock = _connect(self._socket_path, self._startup_timeout_s, interrupted)
         self._connection = wire.Connection(sock, self._interrupted)
-        self.ready = self._receive(wire.Ready, self._startup_timeout_s, "starting the engine", interrupted is self._interrupted)
+        self.ready = self._receive(
+            wire.Ready, self._startup_timeout_s, "starting the engine", interrupted is self._interrupted
+        )
 
     def start(self, version: int, trained: int, state: bytes | None) -> None:
         self._ask(wire.Start(version=version, trained=trained, state=state), wire.Done, "starting to generate")

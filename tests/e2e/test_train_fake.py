@@ -21,16 +21,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 # What depends on the clock or on the machine; everything else must repeat bit for bit.
 CLOCKED = ("time/", "memory/", "rollout/tok_per_s", "train/tok_per_s")
 METRICS = {
-    "step", "loss/policy", "loss/logp", "loss/entropy", "loss/kl", "loss/ratio_mean", "loss/ratio_max", "loss/clip_share",
-    "mismatch/logp_abs_mean", "mismatch/logp_abs_max", "mismatch/kl", "mismatch/ratio_mean", "mismatch/ratio_min",
-    "mismatch/ratio_max", "mismatch/ess", "mismatch/sequence_ess", "mismatch/weight_mean",
+    "step", "loss/policy", "loss/logp", "loss/entropy", "loss/kl", "loss/ratio_mean", "loss/ratio_max",
+    "loss/clip_share", "mismatch/logp_abs_mean", "mismatch/logp_abs_max", "mismatch/kl", "mismatch/ratio_mean",
+    "mismatch/ratio_min", "mismatch/ratio_max", "mismatch/ess", "mismatch/sequence_ess", "mismatch/weight_mean",
     "mismatch/weight_capped_share", "train/grad_norm", "train/lr", "train/updates", "train/skipped_updates",
-    "train/empty_updates", "train/masked_rows", "train/filtered_groups", "train/tokens", "train/tokens_computed", "train/tok_per_s", "reward/mean", "reward/std",
-    "reward/accuracy", "reward/timeouts", "rollout/tokens", "rollout/response_tokens_mean", "rollout/truncated_share",
-    "rollout/signal_share", "rollout/staleness_mean", "rollout/staleness_max", "rollout/tok_per_s",
-    "staleness/share_0", "staleness/tokens_mean", "rollout/long_prompts", "rollout/dropped",
-    "rollout/engine_restarts", "rollout/producer_restarts", "time/step_s", "time/wait_s", "time/train_s", "time/publish_s", "time/pause_s",
-    "time/generate_s", "time/grade_s", "time/wall_s", "memory/peak_gib",
+    "train/empty_updates", "train/masked_rows", "train/filtered_groups", "train/tokens", "train/tokens_computed",
+    "train/tok_per_s", "reward/mean", "reward/std", "reward/accuracy", "reward/timeouts", "rollout/tokens",
+    "rollout/response_tokens_mean", "rollout/truncated_share", "rollout/signal_share", "rollout/staleness_mean",
+    "rollout/staleness_max", "rollout/tok_per_s", "staleness/share_0", "staleness/tokens_mean",
+    "rollout/long_prompts", "rollout/dropped", "rollout/engine_restarts", "rollout/producer_restarts", "time/step_s",
+    "time/wait_s", "time/train_s", "time/publish_s", "time/pause_s", "time/generate_s", "time/grade_s", "time/wall_s",
+    "memory/peak_gib",
 }  # fmt: skip
 SUMMARY = {
     "accuracy_before", "accuracy_after", "num_eval_samples", "eval_temperature", "steps", "wall_s", "engine", "updater",

@@ -289,3 +289,11 @@ def test_a_config_cannot_change_during_a_run():
     config = parse_config(minimal())
     with pytest.raises(ValueError, match="frozen"):
         config.train.lr = 1.0
+
+
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("on", "on"), ("auto", "auto")])
+def test_a_switch_may_be_written_without_quotes(tmp_path, text, value):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: x}\ndata: {task: chain_sum}\ntrain: {steps: 1, prompts_per_step: 1}\n")
+    assert load_config(path, [f"train.share_prompts={text}"]).train.share_prompts == value
+    assert load_config(path, [f"model.liger={text}"]).model.liger == value
