@@ -9,7 +9,6 @@ help:
 	@echo "make quickstart   train a small model on this machine's CPU, under ten minutes (ARGS='run.seed=1 ...')"
 	@echo "make test         run all tests (ARGS='-k name')"
 	@echo "make test-faults  kill and stop every part of a run on vLLM, at every phase (about half an hour)"
-	@echo "make test-faults  kill and stop every process of a real run at every phase"
 	@echo "make lint types   ruff, mypy"
 	@echo "make doctor       check this machine"
 	@echo "make setup        only make the environment in $(VENV)"
@@ -31,12 +30,9 @@ quickstart: setup
 test: setup
 	$(VENV)/bin/python -P -m pytest $(ARGS)
 
-# The same faults as in `make test`, at a run with the real vLLM: about half an hour on two cores.
+# Kills and stops every process of runs with the deterministic engine and with the real vLLM.
 test-faults: setup
 	$(VENV)/bin/python -P -m pytest -m faults $(ARGS)
-
-test-faults: setup
-	$(VENV)/bin/python -P -m pytest tests/e2e/test_faults.py -m faults $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -202,8 +202,11 @@ class ScriptedTrainer:
         self._time.sleep(self._case.train_s)
         return UpdateResult([output_of(batch) for batch in batches], loss=0.0, grad_norm=1.0, lr=1e-6, applied=True)
 
-    def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
+    def logprobs(self, batches: list[MicroBatch], spec: Any, temperature: float) -> list[torch.Tensor]:
         return [torch.zeros(len(batch.ids_N)) for batch in batches]
+
+    def skip(self) -> UpdateResult:
+        return UpdateResult([], loss=0.0, grad_norm=0.0, lr=1e-6, applied=True, empty=True)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(())

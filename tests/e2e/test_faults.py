@@ -1,10 +1,11 @@
 """Any part of a run is killed or stopped, at any phase: nothing is lost, nothing trained twice, and the figures stay the same.
 
-`make test` does this with the deterministic engine, `make test-faults` with vLLM; launcher, engine server, producer, graders
+`make test-faults` does this with the deterministic engine and with vLLM; launcher, engine server, producer, graders
 and trainer are real processes in both. A strike is aimed at a phase by `progress.json`, and counts only when the run still
 says that phase after it.
 """
 
+import contextlib
 import json
 import signal
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from fastreason.ledger import audit_ledger, read_ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(290)]
 
 WORDS = {"producer": ("_process", "producer"), "grader": ("run_grader",)}
 # Which of its processes is struck, by the number of the strike.
@@ -30,7 +31,7 @@ VARYING = (
     "rollout/engine_restarts", "rollout/producer_restarts",
 )  # fmt: skip
 LIMIT_S = {"fake": 150.0, "vllm": 600.0}  # for a single event, on a machine that has other things to do as well
-VLLM = [pytest.mark.faults, pytest.mark.timeout(1800)]
+VLLM = [pytest.mark.timeout(1800)]
 ENGINES = [pytest.param("fake", id="fake"), pytest.param("vllm", id="vllm", marks=VLLM)]
 
 
@@ -70,7 +71,7 @@ class Striker:
         def look() -> bool:
             found[:] = [p for p in self.run.find(*words) if started_at(p) > self._newest[name]]
             if name == "grader":  # they end with their producer
-                found[:] = [p for p in found if started_at(p.parent()) > self._newest["producer"]]
+                found[:] = [p for p in found if started_at(p, parent=True) > self._newest["producer"]]
             return bool(found)
 
         self.run.until(look, timeout_s=LIMIT_S[self.engine], what=f"a {name} that was not struck yet")
@@ -138,12 +139,11 @@ class Striker:
             assert fresh and max(fresh) < 1e-5
 
 
-def started_at(process: psutil.Process | None) -> float:
-    """0 for one that is gone."""
-    try:
-        return process.create_time() if process is not None else 0.0
-    except psutil.Error:
-        return 0.0
+def started_at(process: psutil.Process, parent: bool = False) -> float:
+    """When it was started, or its parent was; 0 for one that is gone."""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return (process.parent() if parent else process).create_time()
+    return 0.0
 
 
 @pytest.fixture(scope="module")
