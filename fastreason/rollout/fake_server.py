@@ -7,6 +7,7 @@ whose client is gone is dropped. It has no batches and no memory limit.
 
 import argparse
 import asyncio
+import json
 import secrets
 import sys
 import time
@@ -18,6 +19,7 @@ import msgspec
 from aiohttp import web
 
 from fastreason.config import Config
+from fastreason.errors import EngineError
 from fastreason.exchange import EXCHANGE_VARIABLE, digest_file, published_file
 from fastreason.rollout.fake import FakeEngine
 from fastreason.rollout.server import LOOPBACK, EngineServer
@@ -35,21 +37,28 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     token_s: float
 
 
-def read_tokens(model_dir: str, trust_remote_code: bool) -> tuple[list[int], int]:
-    """The plain ones of a tokenizer's first 256 tokens, and its end token."""
-    from transformers import AutoTokenizer
+def read_tokens(model_dir: str) -> tuple[list[int], int]:
+    """The plain ones of a tokenizer's first 256 tokens, and its end token; read without transformers, for it takes seconds."""
+    from tokenizers import Tokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    special = set(tokenizer.all_special_ids)
-    plain = [token for token in range(min(len(tokenizer), 256)) if token not in special]
-    return plain, tokenizer.eos_token_id if tokenizer.eos_token_id is not None else len(tokenizer) - 1
+    file = Path(model_dir) / "tokenizer.json"
+    if not file.is_file():
+        raise EngineError(
+            f"rollout.engine=fake: {model_dir} has no tokenizer.json to take tokens from. Use another model."
+        )
+    tokenizer = Tokenizer.from_file(str(file))
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    plain = [token for token in range(min(tokenizer.get_vocab_size(), 256)) if token not in special]
+    named = json.loads((file.parent / "tokenizer_config.json").read_bytes()).get("eos_token")
+    eos = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named) if named else None
+    return plain, eos if eos is not None else tokenizer.get_vocab_size() - 1
 
 
 def make_server(
     config: Config, model_dir: str, log_path: Path, *, max_model_len: int, device: str, exchange_dir: str, key: str
 ) -> EngineServer:
     """A server of the fake engine, not yet started; of the model only the tokenizer is read, and `device` not used."""
-    token_ids, eos = read_tokens(model_dir, config.model.trust_remote_code)
+    token_ids, eos = read_tokens(model_dir)
     setup = Setup(
         token_ids=token_ids, eos_token_id=eos, max_model_len=max_model_len, token_s=config.rollout.fake_token_s
     )

@@ -477,7 +477,7 @@ def test_a_large_update_is_read_ahead_of_the_pause(monkeypatch, folder):
 
 @pytest.fixture
 def process(folder, monkeypatch):
-    monkeypatch.setattr(fake_server, "read_tokens", lambda model_dir, trust: (TOKENS, EOS))
+    monkeypatch.setattr(fake_server, "read_tokens", lambda model_dir: (TOKENS, EOS))
     config = Config.model_validate(
         {
             "model": {"path": "/m"},

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fake_server, "read_tokens", lambda model_dir, trust: (TOKENS, EOS))
+        patch.setattr(fake_server, "read_tokens", lambda model_dir: (TOKENS, EOS))
         made = fake_server.make_server(
             make_config(fake_token_s=TOKEN_S, cores="0"),
             "/m",
@@ -276,5 +276,8 @@ def test_the_tokens_come_from_the_model_s_tokenizer(tmp_path):
         exchange_dir=str(tmp_path), key=KEY,
     )  # fmt: skip
     assert made.name == "fake engine" and made.instance == 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EngineError, match=r"rollout.engine=fake: .*empty has no tokenizer.json"):
+        fake_server.read_tokens(str(tmp_path / "empty"))
     setup = json.loads((tmp_path / "fake-engine.json").read_text())
     assert setup == {"token_ids": [1, 3], "eos_token_id": 2, "max_model_len": 9, "token_s": 0.5}
