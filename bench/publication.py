@@ -65,20 +65,17 @@ def time_copy(tensors: dict[str, torch.Tensor], target: dict[str, torch.Tensor])
     return time.perf_counter() - started
 
 
-async def keep_running(engine: VllmEngine, num_requests: int, stop: asyncio.Event) -> int:
-    """Requests of 128 tokens, a new one for each that ends; returns the number of tokens."""
+async def keep_running(engine: VllmEngine, num_requests: int) -> None:
+    """Requests of 128 tokens, a new one for each that ends."""
     numbers = count()
 
-    async def one() -> int:
-        num_tokens = 0
-        while not stop.is_set():
+    async def one() -> None:
+        while True:
             number = next(numbers)
             prompt = [(7 * number + 11 * j) % 2000 + 100 for j in range(40)]
-            params = SamplingParams(max_new_tokens=128, seed=number)
-            num_tokens += sum(len(c.token_ids) for c in await engine.generate(f"r{number}", prompt, params))
-        return num_tokens
+            await engine.generate(f"r{number}", prompt, SamplingParams(max_new_tokens=128, seed=number))
 
-    return sum(await asyncio.gather(*(one() for _ in range(num_requests))))
+    await asyncio.gather(*(one() for _ in range(num_requests)))
 
 
 async def measure(
@@ -89,8 +86,7 @@ async def measure(
     time_copy(tensors, target)
     engine._transfer = transfer = RecordingTransfer()
     await engine.start()
-    stop = asyncio.Event()
-    running = asyncio.create_task(keep_running(engine, options.running, stop))
+    running = asyncio.create_task(keep_running(engine, options.running))
     await asyncio.sleep(options.warm_s)
     rows = []
     try:
@@ -123,10 +119,8 @@ async def measure(
             print("  ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
             await asyncio.sleep(options.between_s)
     finally:
-        stop.set()
-        started = time.perf_counter()
-        num_tokens = await running
-        print(f"{num_tokens} tokens in all; the last requests ended {time.perf_counter() - started:.1f} s later")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         await engine.close()
     return rows
 

@@ -31,9 +31,15 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     from fastreason.models import check_model
     from fastreason.policy import choose_attention, choose_layout, choose_liger
     from fastreason.rewards import resolve_rewards
+    from fastreason.transport import check_transport
 
     device = choose_device(config.train.device)
     resolve_algorithm(config)
+    check_transport(config, device)
+    if config.rollout.transport not in ("auto", "shm"):
+        raise ConfigError(
+            f"rollout.transport={config.rollout.transport}: not connected to the trainer yet. Use auto or shm."
+        )
     resolve_rewards(config.reward)
     for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
         if cores:
