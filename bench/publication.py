@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--cores", default="0", help="of the engine")
     parser.add_argument("--versions", type=int, default=5)
     parser.add_argument("--running", type=int, default=64, help="requests in flight")
-    parser.add_argument("--warm-s", type=float, default=5.0)
+    parser.add_argument("--warm-s", type=float, default=15.0)
     parser.add_argument("--between-s", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
