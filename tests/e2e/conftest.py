@@ -5,6 +5,7 @@ ended, and nothing else is.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -292,9 +293,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def run_maker(tmp_path: Path, model: Path, problems: Path) -> Iterator[Callable[..., TrainRun]]:
     """Makes runs: `make(train={"steps": 2}, ...)` gives one, not yet started, of the fake engine on `model`."""
     runs: list[TrainRun] = []
+    numbers = itertools.count()  # runs are made by several threads
 
     def make(**sections: dict[str, Any]) -> TrainRun:
-        folder = tmp_path / f"at{len(runs)}"
+        folder = tmp_path / f"at{next(numbers)}"
         folder.mkdir()
         config: dict[str, Any] = {
             "run": {"name": f"r{uuid.uuid4().hex[:8]}", "dir": str(folder / "runs"), "timeout_s": 60},
@@ -306,8 +308,9 @@ def run_maker(tmp_path: Path, model: Path, problems: Path) -> Iterator[Callable[
         }
         for name, section in sections.items():
             config[name] = {**config.get(name, {}), **section}
-        runs.append(TrainRun(folder, config))
-        return runs[-1]
+        run = TrainRun(folder, config)
+        runs.append(run)
+        return run
 
     try:
         yield make

@@ -152,11 +152,13 @@ def moved_model(folder: Path, seed: int) -> Any:
 
 
 async def begun(server: Server, num_requests: int) -> None:
-    """Return when so many requests are being sampled."""
+    """Return when so many requests are being sampled; AssertionError where they ended before they were seen."""
     import aiohttp
 
+    deadline = time.monotonic() + 20
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {server.key}"}) as session:
         while True:
+            assert time.monotonic() < deadline, f"{num_requests} requests were never seen running at once"
             async with session.get(f"{server.server.url}/metrics") as response:
                 found = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", await response.text(), re.MULTILINE)
             if sum(map(float, found)) >= num_requests:
@@ -392,8 +394,8 @@ def test_at_a_boundary_requests_have_one_version_and_later_ones_wait(server, mod
     update = publish(server, moved, 1)
 
     async def body(engine: VllmEngine) -> Any:
-        params = SamplingParams(max_new_tokens=100, seed=3)
-        running = [asyncio.create_task(engine.generate(f"f{i}", [i + 3, 9, 9], params)) for i in range(12)]
+        params = SamplingParams(max_new_tokens=240, seed=3)
+        running = [asyncio.create_task(engine.generate(f"f{i}", [i + 3, 9, 9], params)) for i in range(24)]
         await begun(server, 6)
         loading = asyncio.create_task(engine.load_weights(update))
         await asyncio.sleep(0.1)  # the pause is on its way first
@@ -418,7 +420,7 @@ def test_no_request_begins_with_keys_and_values_of_former_weights(server, model,
     prompt = [(7 * i) % 250 + 3 for i in range(150)]
 
     async def body(engine: VllmEngine) -> Any:
-        long = SamplingParams(n=8, max_new_tokens=100, seed=3)
+        long = SamplingParams(n=16, max_new_tokens=100, seed=3)
         running = asyncio.create_task(engine.generate("before", prompt, long))
         await begun(server, 4)
         await engine.load_weights(update)
@@ -512,7 +514,7 @@ def test_a_client_with_another_key_says_so(server):
 def test_a_killed_engine_core_loses_no_request_and_comes_back_with_the_weights(server):
     moved = moved_model(server.model, 7)
     update = publish(server, moved, 1)
-    params = SamplingParams(n=4, max_new_tokens=150, seed=3)
+    params = SamplingParams(n=8, max_new_tokens=200, seed=3)
     events: list[tuple[str, str]] = []
 
     def engine_core() -> psutil.Process:
