@@ -197,7 +197,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.metrics import MetricsLog, SampleLog
     from fastreason.policy import choose_layout, load_policy
     from fastreason.ranks import Ranks
-    from fastreason.sync import Publisher, save_model
+    from fastreason.sync import save_model
     from fastreason.update.deepspeed import DeepSpeedUpdater, initialise_distributed
 
     run_dir = Path(session.run_dir)
@@ -219,7 +219,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         algorithm=resolve_algorithm(config),
         updater=updater,
         ranks=ranks,
-        publisher=Publisher(Path(session.exchange_dir), dtype),
+        publisher=make_publisher(session, config, device),
         checkpoints=store,
         run_dir=run_dir,
         layout=choose_layout(config.train.share_prompts, session.attention, session.device),
@@ -254,6 +254,21 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         client.stop()
     saved = store.complete()
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
+
+
+def make_publisher(session: Session, config: Config, device: Any) -> Any:
+    """The trainer's side of `rollout.transport`."""
+    import torch
+
+    from fastreason import sync
+
+    def open_group(port: int, world_size: int) -> Any:
+        from fastreason.rollout.vllm import open_group
+
+        return open_group(port, world_size)
+
+    dtype = getattr(torch, config.model.dtype)
+    return sync.make_publisher(config.rollout.transport, Path(session.exchange_dir), dtype, device, open_group)
 
 
 def collective_timeout_s(config: Config) -> float:

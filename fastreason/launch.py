@@ -28,6 +28,7 @@ from fastreason.preflight import Decisions
 from fastreason.processes import remove_segments, spawn
 from fastreason.session import SEGMENTS, SESSION_VARIABLE, Session
 from fastreason.supervise import Part, StopRequest, Supervisor
+from fastreason.transport import exchange_parents
 
 if TYPE_CHECKING:
     from fastreason.rollout.server import EngineServer
@@ -151,7 +152,7 @@ def _folders(
     temporary = Path(tempfile.gettempdir())
     sweep_segments(temporary)
     folder = ExchangeFolder(0, parents=(temporary,))
-    exchange = ExchangeFolder(2 * num_bytes)
+    exchange = ExchangeFolder(2 * num_bytes, exchange_parents(config.rollout))
     try:
         yield Session(
             folder=str(folder.path),
@@ -227,6 +228,7 @@ def _engine_server(config: Config, session: Session) -> tuple["EngineServer", di
         max_model_len=max_model_len(config, read_model_config(Path(session.model_dir))),
         device=session.device,
         exchange_dir=session.exchange_dir,
+        temporary_dir=session.folder,
         key=key,
     )
     return server, {KEY_VARIABLE: key}

@@ -36,10 +36,6 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     device = choose_device(config.train.device)
     resolve_algorithm(config)
     check_transport(config, device)
-    if config.rollout.transport not in ("auto", "shm"):
-        raise ConfigError(
-            f"rollout.transport={config.rollout.transport}: not connected to the trainer yet. Use auto or shm."
-        )
     resolve_rewards(config.reward)
     for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
         if cores:
@@ -85,10 +81,12 @@ def choose_device(wanted: str) -> str:
 
 
 def anchor_paths(config: Config) -> Config:
-    """The config with its local model and data paths made absolute, so that a run can be resumed from any folder."""
-    model, data = config.model, config.data
+    """The config with its local paths made absolute, so that a run can be resumed from any folder."""
+    model, data, rollout = config.model, config.data, config.rollout
     if Path(model.path).is_dir():
         model = model.model_copy(update={"path": str(Path(model.path).resolve())})
     if data.path is not None and Path(data.path).exists():
         data = data.model_copy(update={"path": str(Path(data.path).resolve())})
-    return config.model_copy(update={"model": model, "data": data})
+    if rollout.exchange_dir is not None:
+        rollout = rollout.model_copy(update={"exchange_dir": str(Path(rollout.exchange_dir).resolve())})
+    return config.model_copy(update={"model": model, "data": data, "rollout": rollout})

@@ -34,6 +34,7 @@ from fastreason.report.reward_curve import INK, evaluations
 from fastreason.report.timeline import Piece, draw_timeline, read_piece
 
 REPORT_FILE = "report.png"
+SMALLEST_SHARE = 0.1  # of the time: the shorter of generation and training, for an overlap to be told
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,10 @@ def describe_overlap(rows: Sequence[Row]) -> str:
     value = overlap_efficiency(rows)
     if value is None:
         return "not known before the second step of generation and training"
+    g, t, total = (_sum(rows[1:], f"time/{name}_s") for name in ("generate", "train", "step"))
+    if min(g, t) < SMALLEST_SHARE * total:
+        # A ratio to next to nothing: every other second of the run would look like a loss.
+        return f"not told: generate {g:.1f} s, train {t:.1f} s of {total:.1f} s, too little of one to hide"
     return f"{value:.2f} = (generate + train - step) / min(generate, train), an estimate from step {rows[1]['step']} on"
 
 

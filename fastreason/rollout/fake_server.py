@@ -55,7 +55,15 @@ def read_tokens(model_dir: str) -> tuple[list[int], int]:
 
 
 def make_server(
-    config: Config, model_dir: str, log_path: Path, *, max_model_len: int, device: str, exchange_dir: str, key: str
+    config: Config,
+    model_dir: str,
+    log_path: Path,
+    *,
+    max_model_len: int,
+    device: str,
+    exchange_dir: str,
+    key: str,
+    temporary_dir: str | None = None,
 ) -> EngineServer:
     """A server of the fake engine, not yet started; of the model only the tokenizer is read, and `device` not used."""
     token_ids, eos = read_tokens(model_dir)
@@ -67,7 +75,7 @@ def make_server(
     return EngineServer(
         "fake engine",
         lambda port: [sys.executable, "-m", "fastreason.rollout.fake_server", str(port), str(path)],
-        {EXCHANGE_VARIABLE: exchange_dir},
+        {EXCHANGE_VARIABLE: exchange_dir, "TMPDIR": temporary_dir or exchange_dir},
         log_path,
         config.rollout,
         key=key,

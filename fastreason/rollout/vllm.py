@@ -33,7 +33,15 @@ SLOWEST_LOAD = 100e6  # bytes/s, from shared storage: for so long an engine may 
 
 
 def make_server(
-    config: Config, model_dir: str, log_path: Path, *, max_model_len: int, device: str, exchange_dir: str, key: str
+    config: Config,
+    model_dir: str,
+    log_path: Path,
+    *,
+    max_model_len: int,
+    device: str,
+    exchange_dir: str,
+    key: str,
+    temporary_dir: str | None = None,
 ) -> EngineServer:
     """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use."""
     options: dict[str, Any] = {
@@ -45,7 +53,9 @@ def make_server(
     return EngineServer(
         "vLLM server",
         lambda port: vllm_server.server_command(config.rollout, model_dir, port, **options),
-        vllm_server.server_environment(config.rollout, exchange_dir=exchange_dir, device=device),
+        vllm_server.server_environment(
+            config.rollout, exchange_dir=exchange_dir, device=device, temporary_dir=temporary_dir
+        ),
         log_path,
         config.rollout,
         key=key,

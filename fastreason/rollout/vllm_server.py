@@ -60,11 +60,14 @@ def server_command(
     return command + [str(part) for pair in options.items() for part in pair] + flags
 
 
-def server_environment(config: RolloutConfig, *, exchange_dir: str, device: str) -> dict[str, str]:
+def server_environment(
+    config: RolloutConfig, *, exchange_dir: str, device: str, temporary_dir: str | None = None
+) -> dict[str, str]:
     """What the server gets through its environment beside the key: the exchange folder, and vLLM's own settings."""
     environment = {
         EXCHANGE_VARIABLE: exchange_dir,
-        "TMPDIR": exchange_dir,  # its processes leave sockets and files there: private, and removed at the end
+        "TMPDIR": temporary_dir
+        or exchange_dir,  # its processes leave sockets and files there: private, and removed at the end
         "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /pause, /resume: guarded by the middleware
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

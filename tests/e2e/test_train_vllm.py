@@ -46,10 +46,15 @@ def test_two_steps_with_a_double_buffer(train_run):
     assert {row["version"] for row in run.samples()} == {0}
 
 
-def test_weights_published_in_a_run_are_the_ones_that_sample(train_run):
-    """S = 0 at a rate that moves the policy far: the sampler agrees with later batches only if it has the new weights."""
+def test_weights_published_in_a_run_are_the_ones_that_sample(train_run, tmp_path):
+    """S = 0 at a rate that moves the policy far: the sampler agrees with later batches only if it has the new weights.
+
+    They go through a file in a folder that the config names, as they would to another machine.
+    """
+    shared = tmp_path / "shared"
+    shared.mkdir()
     run = train_run(
-        rollout={**VLLM, "max_staleness": 0},
+        rollout={**VLLM, "max_staleness": 0, "transport": "file", "exchange_dir": str(shared)},
         train={"steps": 3, "prompts_per_step": 4, "lr": 3e-2},
         checkpoint={"every": 2},
     )
@@ -60,6 +65,8 @@ def test_weights_published_in_a_run_are_the_ones_that_sample(train_run):
     assert max(abs(row["loss/logp"] - rows[0]["loss/logp"]) for row in rows) > 0.1
     assert [row["version"] for row in run.samples()] == [0] * 16 + [1] * 16 + [2] * 16
     assert_nothing_left(run)
+    assert any(Path(trace).parent == shared for trace in run._traces), "the folder was not used"
+    assert list(shared.iterdir()) == []
 
 
 def test_a_port_in_use_fails_before_a_model_loads(train_run):

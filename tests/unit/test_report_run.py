@@ -26,7 +26,7 @@ from fastreason.report.panels import (
     time_scale,
     token_scale,
 )
-from fastreason.report.run import describe_run, overlap_efficiency, read_run, report_run
+from fastreason.report.run import describe_overlap, describe_run, overlap_efficiency, read_run, report_run
 from fastreason.report.timeline import choose_window, draw_timeline, read_piece
 from fastreason.trace import Trace
 
@@ -109,6 +109,12 @@ def test_overlap_efficiency_by_hand():
     assert overlap_efficiency([row(1), row(2, total=19.0)]) == pytest.approx(-1.0 / 8.0)
     assert overlap_efficiency([row(1)]) is None
     assert overlap_efficiency([row(1), row(2, generate=0.0)]) is None, "replayed groups were not generated"
+
+
+def test_an_efficiency_of_next_to_nothing_is_not_told():
+    short = [row(1), row(2, generate=0.5, train=8.0, total=20.0)]
+    assert describe_overlap(short) == "not told: generate 0.5 s, train 8.0 s of 20.0 s, too little of one to hide"
+    assert describe_overlap([row(1), row(2)]).startswith("1.12 = ")
 
 
 def test_the_table_says_where_the_time_went(tmp_path):
