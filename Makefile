@@ -27,10 +27,11 @@ $(VENV)/.bench-ready: bench.lock .ci/bench-setup | $(VENV)/.ready
 quickstart: setup
 	@$(VENV)/bin/fastreason train configs/quickstart.yaml $(ARGS)
 
+# Two files of tests at a time, in order: those that start processes come first, and mostly wait for them.
 test: setup
-	$(VENV)/bin/python -P -m pytest $(ARGS)
+	$(VENV)/bin/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Kills and stops every process of runs with the deterministic engine and with the real vLLM.
+# Kills and stops every process of runs with the real vLLM, beside what `make test` does.
 test-faults: setup
 	$(VENV)/bin/python -P -m pytest -m faults $(ARGS)
 

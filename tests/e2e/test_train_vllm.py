@@ -46,29 +46,6 @@ def test_two_steps_with_a_double_buffer(train_run):
     assert {row["version"] for row in run.samples()} == {0}
 
 
-def test_weights_published_in_a_run_are_the_ones_that_sample(train_run, tmp_path):
-    """S = 0 at a rate that moves the policy far: the sampler agrees with later batches only if it has the new weights.
-
-    They go through a file in a folder that the config names, as they would to another machine.
-    """
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    run = train_run(
-        rollout={**VLLM, "max_staleness": 0, "transport": "file", "exchange_dir": str(shared)},
-        train={"steps": 3, "prompts_per_step": 4, "lr": 3e-2},
-        checkpoint={"every": 2},
-    )
-    assert run.run(timeout_s=240) == 0, run.output + run.logs()
-    rows = run.metrics()
-    assert [row["mismatch/logp_abs_mean"] < 1e-5 for row in rows] == [True, True, True]
-    # The policy did move far, or the line above would prove little.
-    assert max(abs(row["loss/logp"] - rows[0]["loss/logp"]) for row in rows) > 0.1
-    assert [row["version"] for row in run.samples()] == [0] * 16 + [1] * 16 + [2] * 16
-    assert_nothing_left(run)
-    assert any(Path(trace).parent == shared for trace in run._traces), "the folder was not used"
-    assert list(shared.iterdir()) == []
-
-
 def test_a_port_in_use_fails_before_a_model_loads(train_run):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -96,6 +73,7 @@ def test_a_model_that_does_not_load_is_one_clear_message(train_run, tiny_model, 
     assert_nothing_left(run)
 
 
+@pytest.mark.faults  # the reason's words are tested on a recorded log; this takes half a minute for the log to be real
 def test_too_large_a_cache_is_said_to_be_memory(train_run):
     run = train_run(rollout={**VLLM, "kv_cache_gib": 100_000})
     assert run.run(timeout_s=150) == 1, run.output + run.logs()
