@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from fastreason.rollout.server import EngineServer
 
 SERVED = ("vllm", "fake")  # engines with a server process of their own
+# For glibc: the trainer keeps the memory that it has had. Given back after every tensor and taken again page by page, it
+# cost an eighth of an update (bench/README.md).
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 PRODUCER_LOST = ("the producer closed its connection", "the producer ended while")
 
 
@@ -203,6 +210,8 @@ def _parts(config: Config, session: Session) -> list[Part]:
     if session.only != "rollout":
         name, members = "trainer", tuple(f"trainer-{rank}" for rank in range(config.train.ranks))
         command = trainer_command(config, Path(session.folder))
+        if session.device == "cpu":
+            environment |= {name: value for name, value in KEPT_MEMORY.items() if name not in os.environ}
         if session.device == "cuda" and config.train.gpus:
             gpus = parse_cores(config.train.gpus, "train.gpus")
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))

@@ -16,6 +16,8 @@ from fastreason.config import ModelConfig
 from fastreason.errors import ConfigError, ModelError
 from fastreason.packing import Layout, MicroBatch
 
+# Tokens; bench/README.md has the measurement. The scores of eager attention take memory with the square.
+SHORT_LINE = 384
 # Heads that scale or cap their logits compute something else than hidden @ weight.T; they are refused, not ignored.
 UNSUPPORTED_HEAD_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -77,10 +79,16 @@ class Policy(nn.Module):
         return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
 
 
-def choose_attention(wanted: str, device: str, flash_attn_installed: bool) -> str:
-    """auto: flash-attn where it can be imported and the device is a GPU, else sdpa; an explicit wish is met or refused."""
+def choose_attention(wanted: str, device: str, flash_attn_installed: bool, line_tokens: int) -> str:
+    """auto: flash-attn where it can be imported and the device is a GPU, else sdpa; an explicit wish is met or refused.
+
+    On a CPU, auto is eager where the longest line of a micro-batch has few tokens, `line_tokens`: sdpa's backward there
+    takes longer than the plain products, whose scores are still small.
+    """
+    if wanted == "auto" and device == "cpu":
+        return "eager" if line_tokens <= SHORT_LINE else "sdpa"
     if wanted == "auto":
-        return "flash_attention_2" if device == "cuda" and flash_attn_installed else "sdpa"
+        return "flash_attention_2" if flash_attn_installed else "sdpa"
     if wanted == "flash_attention_2" and (device != "cuda" or not flash_attn_installed):
         missing = "the device is not a GPU" if device != "cuda" else "flash-attn is not installed"
         raise ConfigError(

@@ -47,7 +47,7 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     liger = importlib.util.find_spec("liger_kernel") is not None
     decisions = Decisions(
         device=device,
-        attention=choose_attention(config.model.attn_implementation, device, flash),
+        attention=choose_attention(config.model.attn_implementation, device, flash, longest_line(config)),
         liger=choose_liger(config.model.liger, device, liger),
     )
     choose_layout(config.train.share_prompts, decisions.attention, device)
@@ -60,6 +60,13 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     if Path(config.model.path).is_dir():
         max_model_len(config, read_model_config(config.model.path))
     return decisions, unchecked
+
+
+def longest_line(config: Config) -> int:
+    """Tokens of the longest line that a micro-batch on a CPU may have: a prompt and all of its responses."""
+    shared = config.train.share_prompts != "off"
+    responses = config.rollout.samples_per_prompt if shared else 1
+    return config.data.max_prompt_tokens + responses * config.rollout.max_new_tokens
 
 
 def check_prompts_offline(config: Config) -> None:

@@ -53,7 +53,8 @@ class ModelConfig(Section):
         default="bfloat16", description="dtype of the model's forward and backward"
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: flash-attn where it can be imported and the device is a GPU, else sdpa"
+        "auto",
+        description="auto: on a GPU flash-attn where it can be imported, on a CPU eager for short lines; else sdpa",
     )
     liger: Switch = Field("auto", description="liger-kernel's RMSNorm, RoPE and SwiGLU; auto: on a GPU")
     gradient_checkpointing: bool = Field(

@@ -11,30 +11,39 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastreason.config import ModelConfig
 from fastreason.errors import ConfigError, ModelError
 from fastreason.packing import Row, collate
-from fastreason.policy import FusedHead, apply_liger, choose_attention, choose_layout, choose_liger, load_policy
+from fastreason.policy import (
+    SHORT_LINE,
+    FusedHead,
+    apply_liger,
+    choose_attention,
+    choose_layout,
+    choose_liger,
+    load_policy,
+)
 
 SPEC = PolicyLossSpec(clip_low=0.2, clip_high=0.2)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "flash", "chosen"),
+    ("wanted", "device", "flash", "line_tokens", "chosen"),
     [
-        ("auto", "cuda", True, "flash_attention_2"),
-        ("auto", "cuda", False, "sdpa"),
-        ("auto", "cpu", True, "sdpa"),
-        ("sdpa", "cuda", True, "sdpa"),
-        ("eager", "cpu", False, "eager"),
-        ("flash_attention_2", "cuda", True, "flash_attention_2"),
+        ("auto", "cuda", True, 100, "flash_attention_2"),
+        ("auto", "cuda", False, 100, "sdpa"),
+        ("auto", "cpu", True, SHORT_LINE, "eager"),
+        ("auto", "cpu", True, SHORT_LINE + 1, "sdpa"),
+        ("sdpa", "cpu", True, 100, "sdpa"),
+        ("eager", "cpu", False, 5000, "eager"),
+        ("flash_attention_2", "cuda", True, 100, "flash_attention_2"),
     ],
 )
-def test_attention(wanted, device, flash, chosen):
-    assert choose_attention(wanted, device, flash) == chosen
+def test_attention(wanted, device, flash, line_tokens, chosen):
+    assert choose_attention(wanted, device, flash, line_tokens) == chosen
 
 
 @pytest.mark.parametrize(("device", "flash"), [("cpu", True), ("cpu", False), ("cuda", False)])
 def test_flash_attention_that_cannot_be_had_is_refused(device, flash):
     with pytest.raises(ConfigError, match=r"model\.attn_implementation=flash_attention_2: .* Use auto or sdpa"):
-        choose_attention("flash_attention_2", device, flash)
+        choose_attention("flash_attention_2", device, flash, 100)
 
 
 @pytest.mark.parametrize(
