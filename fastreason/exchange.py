@@ -84,14 +84,19 @@ class Entry(NamedTuple):
     last: int
 
 
-def write_weights(path: Path, tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]") -> Digest:
+def write_weights(
+    path: Path, tensors: "Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]", over: Path | None = None
+) -> Digest:
     """Write named tensors one after another, aside and renamed, so that a reader never sees half a file.
 
-    Nothing is held but the tensor at hand. Returns the digest of all, in their order, which is the file's.
+    Nothing is held but the tensor at hand. `over` is a file that nobody needs any more: the new one is written into its
+    pages, for new ones take several times longer to fill. Returns the digest of all, in their order, which is the file's.
     """
     digest, header, position = Digest(), {}, 0
     aside = path.with_suffix(".writing")
-    with open(aside, "wb") as file:
+    if over is not None:
+        os.replace(over, aside)
+    with open(aside, "r+b" if over is not None else "wb") as file:
         file.seek(8 + HEADER_BYTES)
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             content = tensor_bytes(tensor)
@@ -103,6 +108,7 @@ def write_weights(path: Path, tensors: "Mapping[str, torch.Tensor] | Iterable[tu
                 "shape": [*tensor.shape],
                 "data_offsets": offsets,
             }
+        file.truncate()
         # The format allows spaces after the header: so it can be written last, when all names are known.
         text = json.dumps(header).encode()
         if len(text) > HEADER_BYTES:

@@ -45,10 +45,9 @@ class Publisher:
                 pass
             return None
         path = self._folder / f"weights-{version:06d}.safetensors"
-        digest = write_weights(path, tensors)
+        over = self._written.pop(0) if len(self._written) == KEPT_FILES else None
+        digest = write_weights(path, tensors, over)
         self._written.append(path)
-        while len(self._written) > KEPT_FILES:
-            self._written.pop(0).unlink(missing_ok=True)
         return WeightUpdate(path=str(path), version=version, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
 
 

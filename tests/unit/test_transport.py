@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import pickle
 import threading
 import time
@@ -14,7 +15,7 @@ import torch
 
 from fastreason.config import Config
 from fastreason.errors import ConfigError
-from fastreason.exchange import SumDigest
+from fastreason.exchange import SumDigest, digest_file
 from fastreason.rollout import vllm_server
 from fastreason.rollout.connection import Answer
 from fastreason.rollout.transfer import BroadcastTransfer, FileTransfer, HandleTransfer, make_transfer
@@ -331,6 +332,20 @@ def test_a_broadcast_is_asked_for_joined_and_proved_also_by_the_next_server(tmp_
             assert report["checksum"] == update.checksum
         assert len(groups) == number + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights-000001.manifest"]
+
+
+def test_a_new_file_is_written_into_the_pages_of_the_oldest(tmp_path):
+    """Two files are kept; the third version takes the first one's place, also where it is shorter."""
+    publisher, source = Publisher(tmp_path, torch.float32), Source()
+    first = publisher.write(source, 1)
+    with open(first.path, "ab") as file:
+        file.write(b"longer than the next")
+    inode = os.stat(first.path).st_ino
+    second, third = (publisher.write(source, version) for version in (2, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [Path(u.path).name for u in (second, third)]
+    assert os.stat(third.path).st_ino == inode
+    assert os.stat(third.path).st_size == os.stat(second.path).st_size
+    assert digest_file(third.path).hexdigest() == third.checksum == digest_file(second.path).hexdigest()
 
 
 def test_a_file_update_is_one_call(tmp_path):
