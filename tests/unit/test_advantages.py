@@ -77,9 +77,13 @@ def test_a_group_is_centred_and_the_better_answer_wins():
 
 
 def test_the_arguments_are_known_by_name():
-    assert advantage_arguments("grpo") == ["std", "bessel", "eps"]
+    assert advantage_arguments("grpo") == ["mean", "std", "bessel", "eps"]
     assert advantage_arguments("reinforce") == []
-    assert set(ADVANTAGES) == {"grpo", "reinforce"}
+    # The greedy response's reward and log-probabilities are data, not options.
+    assert advantage_arguments("remax") == []
+    assert advantage_arguments("pairs") == ["beta"]
+    assert advantage_arguments("gae") == ["gamma", "lam", "whiten"]
+    assert set(ADVANTAGES) == {"reinforce", "grpo", "raft", "rloo", "remax", "reinforce_pp", "gae", "pairs"}
 
 
 def test_rewards_come_from_the_grades_in_order():

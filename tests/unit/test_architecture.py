@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
-PURE = {"advantages", "filtering", "losses", "packing", "rewards"}
+PURE = {"advantages", "filtering", "gae", "kl", "losses", "packing", "rewards"}
 PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
 PLUMBING |= {"processes", "session", "patience", "beats"}
 MEANING = FOUNDATION | PURE
@@ -48,7 +48,8 @@ ALLOWED = {
     "machine": FOUNDATION,
     "doctor": FOUNDATION | {"machine", "probes"},
     **dict.fromkeys(PURE, {"types", "errors", "config", "sections"} | PURE),
-    "algorithms": MEANING,
+    "algorithms": MEANING | {"algorithm_checks"},
+    "algorithm_checks": MEANING | {"algorithms"},
     "data": MEANING,
     "policy": MEANING,
     "checkpoint": FOUNDATION | PLUMBING,
