@@ -5,17 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WHITENING_EPS = 1e-8
-
 
 def gae_advantages(
-    rewards_T: Tensor,
-    values_T: Tensor,
-    lengths: Sequence[int],
-    *,
-    gamma: float = 1.0,
-    lam: float = 1.0,
-    whiten: bool = False,
+    rewards_T: Tensor, values_T: Tensor, lengths: Sequence[int], *, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(advantages_T, returns_T) of sequences that lie one behind the other, `lengths` tokens each (arXiv 1506.02438).
 
@@ -25,8 +17,7 @@ def gae_advantages(
     V_t the critic's value before token t is chosen; behind the last token both V and A are 0, for a response that was cut
     off too. Computed in float64, returned as values_T's dtype, detached. Raises ValueError where the lengths do not add up.
 
-    whiten: the advantages (not the returns) less their mean and over their sample deviation, of all tokens given: which
-    must then be those of the whole step, on every rank. Left out: a bootstrap value behind a response that was cut off.
+    Left out: whitening the advantages over the batch, and a bootstrap value behind a response that was cut off.
     """
     if sum(lengths) != len(values_T) or rewards_T.shape != values_T.shape:
         raise ValueError(
@@ -42,10 +33,7 @@ def gae_advantages(
         advantages_BL[:, t] = following_B
     pieces = [row[:length] for row, length in zip(advantages_BL, lengths, strict=True)]
     advantages_T = torch.cat([advantages_BL.new_zeros(0), *pieces])
-    returns_T = advantages_T + values_T.detach().double()
-    if whiten and len(advantages_T) > 1:
-        advantages_T = (advantages_T - advantages_T.mean()) * torch.rsqrt(advantages_T.var() + WHITENING_EPS)
-    return advantages_T.to(values_T.dtype), returns_T.to(values_T.dtype)
+    return advantages_T.to(values_T.dtype), (advantages_T + values_T.detach().double()).to(values_T.dtype)
 
 
 def _padded(values_T: Tensor, lengths: Sequence[int]) -> Tensor:

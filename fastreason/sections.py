@@ -247,7 +247,7 @@ class AlgorithmConfig(Section):
     )
     filtered: Literal["zero", "remove", "refill"] | None = Field(
         None,
-        description="override: such groups weigh zero but count in the mean, leave the batch, or are dropped and replaced",
+        description="override: such groups lose their advantage but count in the mean, leave the batch, or are replaced",
     )
     max_refills: int = Field(
         20, ge=1, description="filtered=refill: error when more than so many batches' worth were dropped for one batch"
