@@ -132,6 +132,8 @@ def run_producer(session: Session, config: Config) -> Outcome:
             on_ready=session.ready_file.touch,
             reject=partial(verdict, filter=algorithm.filter if algorithm.filtered == "refill" else "none"),
             trace=trace,
+            greedy=algorithm.greedy_baseline,
+            teacher=make_teacher(config),
         )
         beat = asyncio.create_task(Beat(session.folder, "producer").in_loop())
         await grading.start()
@@ -145,6 +147,15 @@ def run_producer(session: Session, config: Config) -> Outcome:
     progress.update("start engine")
     asyncio.run(main())
     return Outcome(finished=True)
+
+
+def make_teacher(config: Config) -> Any:
+    """The client of the teacher's server, or None where there is no such teacher."""
+    from fastreason.rollout.teacher import TeacherClient
+
+    if config.teacher.where != "server":
+        return None
+    return TeacherClient(config.teacher.url, config.rollout.temperature, config.rollout.request_timeout_s)
 
 
 def only_rollouts(config: Config) -> Config:
@@ -206,9 +217,12 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     device = prepare_device(session.device, config)
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
+    algorithm = resolve_algorithm(config)
+    silent = ends_of_one_model(session, config, algorithm)
     policy = load_policy(
         Path(session.model_dir), config.model, str(device), attention=session.attention, liger=session.liger
     )
+    num_columns = policy.head.weight.shape[0]
     updater = DeepSpeedUpdater(policy, config.train, config.model.dtype, num_updates(config))
     ranks = Ranks(device)
     dtype = getattr(torch, config.model.dtype)
@@ -216,7 +230,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     resume_from = store.latest() if session.resume else None
     parts = Parts(
         config=config,
-        algorithm=resolve_algorithm(config),
+        algorithm=algorithm,
         updater=updater,
         ranks=ranks,
         publisher=make_publisher(session, config, device),
@@ -226,6 +240,9 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         pad_token_id=policy.model.config.pad_token_id or 0,
         stop_requested=stop,
         resume_from=resume_from,
+        target=load_target(session, config, algorithm, device, num_columns),
+        critic=load_critic(session, config, device) if algorithm.critic else None,
+        silent=silent,
     )
     if ranks.is_first:
         resume_step = resume_from[1].step if resume_from else None
@@ -254,6 +271,66 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         client.stop()
     saved = store.complete()
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
+
+
+def teacher_model(config: Config) -> Any:
+    """The teacher as a model section: what `models.py` and `policy.py` read."""
+    teacher = config.teacher
+    keys = ("path", "dtype", "allow_download", "trust_remote_code")
+    return config.model.model_copy(update={key: getattr(teacher, key) for key in keys})
+
+
+def ends_of_one_model(session: Session, config: Config, algorithm: Any) -> frozenset[int]:
+    """Ends of a response that policy and teacher do not share; raises ConfigError where their vocabularies differ."""
+    from fastreason.models import resolve_model
+    from fastreason.vocabulary import check_same_vocabulary
+
+    if algorithm.kl.estimator == "none" or algorithm.kl.target != "teacher":
+        return frozenset()
+    folder = resolve_model(teacher_model(config))
+    return check_same_vocabulary(Path(session.model_dir), folder, trust_teacher_code=config.teacher.trust_remote_code)
+
+
+def load_target(session: Session, config: Config, algorithm: Any, device: Any, num_columns: int) -> Any:
+    """The frozen model that KL terms and pairs compare with, or None; under ZeRO-3 divided among the ranks.
+
+    A KL term whose coefficient is 0 has it loaded too: its figures are wanted then.
+    """
+    from fastreason.frozen import FrozenModel, load_frozen
+    from fastreason.models import resolve_model
+
+    compares = algorithm.kl.estimator != "none"
+    folder, model, name = Path(session.model_dir), config.model, "reference"
+    if compares and algorithm.kl.target == "teacher":
+        if config.teacher.where == "server":
+            return None
+        model, name = teacher_model(config), "teacher"
+        folder = resolve_model(model)
+    elif not (compares or algorithm.pairs):
+        return None
+    scorer = load_frozen(folder, model, device, session.attention, session.liger, num_columns)
+    if config.train.zero_stage < 3:
+        return FrozenModel(scorer, device, name)
+    from fastreason.update.deepspeed import divided_scorer
+
+    run, gather = divided_scorer(scorer, model.dtype)
+    return FrozenModel(scorer, device, name, run, gather)
+
+
+def load_critic(session: Session, config: Config, device: Any) -> Any:
+    """The critic with its own optimizer, on the body of critic.path or else of the policy's start."""
+    from fastreason.critic import Critic, load_value_model
+    from fastreason.models import resolve_model
+    from fastreason.update.deepspeed import DeepSpeedCritic
+
+    critic = config.critic
+    model = config.model.model_copy(update={"path": critic.path or config.model.path})
+    folder = resolve_model(model) if critic.path else Path(session.model_dir)
+    module = load_value_model(folder, model, str(device), session.attention, session.liger)
+    keys = {"lr": critic.lr, "weight_decay": critic.weight_decay, "max_grad_norm": critic.max_grad_norm}
+    train = config.train.model_copy(update={**keys, "lr_schedule": "constant", "warmup_steps": 0})
+    engine = DeepSpeedCritic(module, train, config.model.dtype, num_updates(config))
+    return Critic(engine, critic.value_clip, critic.warmup_steps)
 
 
 def make_publisher(session: Session, config: Config, device: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastreason.config import Config
 from fastreason.cores import parse_cores
-from fastreason.errors import ConfigError
+from fastreason.errors import ConfigError, ModelError
 from fastreason.models import max_model_len, read_model_config
 
 
@@ -56,10 +56,33 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
             "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "
             "or use rollout.engine=hf."
         )
-    unchecked = check_data(config.data) + check_model(config.model)
+    unchecked = check_data(config.data) + check_model(config.model) + check_teacher(config)
     if Path(config.model.path).is_dir():
         max_model_len(config, read_model_config(config.model.path))
     return decisions, unchecked
+
+
+def check_teacher(config: Config) -> list[str]:
+    """Raise ConfigError where the teacher's tokenizer is not the model's; returns what only the trainer's start can check.
+
+    It does so before anything loads there too.
+    """
+    from fastreason.models import check_model
+    from fastreason.vocabulary import check_same_vocabulary
+
+    teacher = config.teacher
+    if teacher.path is None or teacher.path == config.model.path:
+        return []
+    if Path(teacher.path).is_dir() and Path(config.model.path).is_dir():
+        trust = teacher.trust_remote_code
+        check_same_vocabulary(Path(config.model.path), Path(teacher.path), trust_teacher_code=trust)
+        return []
+    try:
+        unchecked = check_model(config.model.model_copy(update={"path": teacher.path}))
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "teacher.path")) from error
+    unchecked = [line.replace("model.path", "teacher.path") for line in unchecked]
+    return [*unchecked, f"teacher.path={teacher.path!r}: its tokenizer against that of model.path"]
 
 
 def check_prompts_offline(config: Config) -> None:
@@ -89,4 +112,9 @@ def anchor_paths(config: Config) -> Config:
         data = data.model_copy(update={"path": str(Path(data.path).resolve())})
     if rollout.exchange_dir is not None:
         rollout = rollout.model_copy(update={"exchange_dir": str(Path(rollout.exchange_dir).resolve())})
-    return config.model_copy(update={"model": model, "data": data, "rollout": rollout})
+    sections = {"model": model, "data": data, "rollout": rollout}
+    for name in ("teacher", "critic"):
+        section = getattr(config, name)
+        if section.path is not None and Path(section.path).is_dir():
+            sections[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    return config.model_copy(update=sections)

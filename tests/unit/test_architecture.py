@@ -18,6 +18,7 @@ PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "mod
 PLUMBING |= {"processes", "session", "patience", "beats"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
+PARTS |= {"credit", "critic", "frozen"}
 PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report", "training"}
 EVERYTHING = {""}
 
@@ -54,7 +55,11 @@ ALLOWED = {
     "policy": MEANING,
     "checkpoint": FOUNDATION | PLUMBING,
     "rollout": MEANING | PLUMBING | {"data"},
-    "update": MEANING | PLUMBING | {"policy"},
+    "vocabulary": FOUNDATION,
+    "credit": MEANING | PLUMBING,
+    "frozen": MEANING | PLUMBING | {"policy"},
+    "critic": MEANING | PLUMBING | {"policy", "update"},
+    "update": MEANING | PLUMBING | {"policy", "critic"},
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
     **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose"), EVERYTHING),
