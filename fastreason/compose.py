@@ -204,6 +204,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.beats import Beat
     from fastreason.checkpoint import CheckpointStore
+    from fastreason.companions import ends_of_one_model, load_critic, load_target
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
     from fastreason.policy import choose_layout, load_policy
@@ -271,66 +272,6 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         client.stop()
     saved = store.complete()
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
-
-
-def teacher_model(config: Config) -> Any:
-    """The teacher as a model section: what `models.py` and `policy.py` read."""
-    teacher = config.teacher
-    keys = ("path", "dtype", "allow_download", "trust_remote_code")
-    return config.model.model_copy(update={key: getattr(teacher, key) for key in keys})
-
-
-def ends_of_one_model(session: Session, config: Config, algorithm: Any) -> frozenset[int]:
-    """Ends of a response that policy and teacher do not share; raises ConfigError where their vocabularies differ."""
-    from fastreason.models import resolve_model
-    from fastreason.vocabulary import check_same_vocabulary
-
-    if algorithm.kl.estimator == "none" or algorithm.kl.target != "teacher":
-        return frozenset()
-    folder = resolve_model(teacher_model(config))
-    return check_same_vocabulary(Path(session.model_dir), folder, trust_teacher_code=config.teacher.trust_remote_code)
-
-
-def load_target(session: Session, config: Config, algorithm: Any, device: Any, num_columns: int) -> Any:
-    """The frozen model that KL terms and pairs compare with, or None; under ZeRO-3 divided among the ranks.
-
-    A KL term whose coefficient is 0 has it loaded too: its figures are wanted then.
-    """
-    from fastreason.frozen import FrozenModel, load_frozen
-    from fastreason.models import resolve_model
-
-    compares = algorithm.kl.estimator != "none"
-    folder, model, name = Path(session.model_dir), config.model, "reference"
-    if compares and algorithm.kl.target == "teacher":
-        if config.teacher.where == "server":
-            return None
-        model, name = teacher_model(config), "teacher"
-        folder = resolve_model(model)
-    elif not (compares or algorithm.pairs):
-        return None
-    scorer = load_frozen(folder, model, device, session.attention, session.liger, num_columns)
-    if config.train.zero_stage < 3:
-        return FrozenModel(scorer, device, name)
-    from fastreason.update.deepspeed import divided_scorer
-
-    run, gather = divided_scorer(scorer, model.dtype)
-    return FrozenModel(scorer, device, name, run, gather)
-
-
-def load_critic(session: Session, config: Config, device: Any) -> Any:
-    """The critic with its own optimizer, on the body of critic.path or else of the policy's start."""
-    from fastreason.critic import Critic, load_value_model
-    from fastreason.models import resolve_model
-    from fastreason.update.deepspeed import DeepSpeedCritic
-
-    critic = config.critic
-    model = config.model.model_copy(update={"path": critic.path or config.model.path})
-    folder = resolve_model(model) if critic.path else Path(session.model_dir)
-    module = load_value_model(folder, model, str(device), session.attention, session.liger)
-    keys = {"lr": critic.lr, "weight_decay": critic.weight_decay, "max_grad_norm": critic.max_grad_norm}
-    train = config.train.model_copy(update={**keys, "lr_schedule": "constant", "warmup_steps": 0})
-    engine = DeepSpeedCritic(module, train, config.model.dtype, num_updates(config))
-    return Critic(engine, critic.value_clip, critic.warmup_steps)
 
 
 def make_publisher(session: Session, config: Config, device: Any) -> Any:

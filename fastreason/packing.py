@@ -49,7 +49,8 @@ class Row:
 class Divergence(Protocol):
     """A KL over the whole vocabulary, made where the trained model's hidden states and head are at hand."""
 
-    coef: float
+    @property
+    def coef(self) -> float: ...
 
     def __call__(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: "MicroBatch", temperature: float

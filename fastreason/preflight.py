@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastreason.config import Config
 from fastreason.cores import parse_cores
-from fastreason.errors import ConfigError, ModelError
+from fastreason.errors import ConfigError
 from fastreason.models import max_model_len, read_model_config
 
 
@@ -67,6 +67,7 @@ def check_teacher(config: Config) -> list[str]:
 
     It does so before anything loads there too.
     """
+    from fastreason.companions import described_by, teacher_model
     from fastreason.models import check_model
     from fastreason.vocabulary import check_same_vocabulary
 
@@ -77,10 +78,8 @@ def check_teacher(config: Config) -> list[str]:
         trust = teacher.trust_remote_code
         check_same_vocabulary(Path(config.model.path), Path(teacher.path), trust_teacher_code=trust)
         return []
-    try:
-        unchecked = check_model(config.model.model_copy(update={"path": teacher.path}))
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "teacher.path")) from error
+    with described_by("teacher.path"):
+        unchecked = check_model(teacher_model(config))
     unchecked = [line.replace("model.path", "teacher.path") for line in unchecked]
     return [*unchecked, f"teacher.path={teacher.path!r}: its tokenizer against that of model.path"]
 

@@ -62,11 +62,11 @@ ALLOWED = {
     "update": MEANING | PLUMBING | {"policy", "critic"},
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
-    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose"), EVERYTHING),
+    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose"}
+CHOOSERS = {"cli", "preflight", "launch", "compose", "companions"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}

@@ -6,7 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from fastreason.errors import ConfigError
+from fastreason.config import parse_config
+from fastreason.errors import ConfigError, ModelError
+from fastreason.preflight import anchor_paths, check_teacher
 from fastreason.vocabulary import check_same_vocabulary
 
 WORDS = ["<pad>", "<s>", "</s>", "<end>", "one", "two", "three"]
@@ -64,3 +66,40 @@ def test_a_teacher_without_a_tokenizer_names_the_key(tmp_path, model):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"teacher\.path: the tokenizers cannot be compared"):
         check_same_vocabulary(model, tmp_path / "empty")
+
+
+def config(model, teacher, **keys):
+    return parse_config(
+        {
+            "model": {"path": str(model)},
+            "data": {"task": "chain_sum"},
+            "teacher": {"path": str(teacher), **keys},
+            "algorithm": {"name": "kdrl"},
+            "rollout": {"samples_per_prompt": 2},
+            "train": {"steps": 1, "prompts_per_step": 1},
+        }
+    )
+
+
+def test_preflight_compares_folders_before_anything_starts(tmp_path, model):
+    teacher = save(tmp_path / "teacher")
+    assert check_teacher(config(model, teacher)) == []
+    assert check_teacher(config(model, model)) == []
+    other = save(tmp_path / "other", [*WORDS[:4], "two", "one", "three"])
+    with pytest.raises(ConfigError, match="has another tokenizer than model"):
+        check_teacher(config(model, other))
+
+
+def test_preflight_says_what_it_cannot_compare(model):
+    unchecked = check_teacher(config(model, "nobody/teacher"))
+    assert len(unchecked) == 2 and all("teacher.path='nobody/teacher'" in line for line in unchecked)
+    with pytest.raises(ModelError, match=r"teacher\.path='/nowhere/teacher': there is no such folder"):
+        check_teacher(config(model, "/nowhere/teacher"))
+
+
+def test_paths_of_teacher_and_critic_do_not_depend_on_the_folder(tmp_path, model, monkeypatch):
+    save(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    anchored = anchor_paths(config("model", "teacher"))
+    assert anchored.teacher.path == str((tmp_path / "teacher").resolve())
+    assert anchor_paths(config("model", "nobody/teacher")).teacher.path == "nobody/teacher"
