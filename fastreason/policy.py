@@ -84,8 +84,8 @@ def score_batch(batch: MicroBatch) -> MicroBatch:
 
     Those of products of another shape may round otherwise: so the update's own operator, with a ratio.
     """
-    known = {"behaviour_logp_N": batch.sampler_logp_N, "ref_logp_N": batch.sampler_logp_N}
-    return replace(batch, **known, kl_weight_N=None, divergence=None)
+    known = batch.sampler_logp_N
+    return replace(batch, behaviour_logp_N=known, ref_logp_N=known, kl_weight_N=None, divergence=None)
 
 
 def policy_spec(batch: MicroBatch, spec: PolicyLossSpec) -> PolicyLossSpec:
