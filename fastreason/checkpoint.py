@@ -19,7 +19,8 @@ class TrainerState:
     """What a checkpoint holds beside the updater's own state.
 
     `version` weights have been published, `num_groups` groups are trained. `figures` are running totals that the summary
-    reports. The producer's own state lies beside it, as bytes that only the producer reads.
+    reports, `coefficients` those of adaptive loss terms for the step to come (empty: those of the start). The producer's own
+    state lies beside it, as bytes that only the producer reads.
     """
 
     step: int
@@ -27,6 +28,7 @@ class TrainerState:
     num_groups: int
     score: float
     figures: dict[str, Any] = field(default_factory=dict)
+    coefficients: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 

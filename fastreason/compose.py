@@ -132,6 +132,8 @@ def run_producer(session: Session, config: Config) -> Outcome:
             on_ready=session.ready_file.touch,
             reject=partial(verdict, filter=algorithm.filter if algorithm.filtered == "refill" else "none"),
             trace=trace,
+            greedy=algorithm.greedy_baseline,
+            teacher=make_teacher(config),
         )
         beat = asyncio.create_task(Beat(session.folder, "producer").in_loop())
         await grading.start()
@@ -145,6 +147,15 @@ def run_producer(session: Session, config: Config) -> Outcome:
     progress.update("start engine")
     asyncio.run(main())
     return Outcome(finished=True)
+
+
+def make_teacher(config: Config) -> Any:
+    """The client of the teacher's server, or None where there is no such teacher."""
+    from fastreason.rollout.teacher import TeacherClient
+
+    if config.teacher.where != "server":
+        return None
+    return TeacherClient(config.teacher.url, config.rollout.temperature, config.rollout.request_timeout_s)
 
 
 def only_rollouts(config: Config) -> Config:
@@ -193,6 +204,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.beats import Beat
     from fastreason.checkpoint import CheckpointStore
+    from fastreason.companions import ends_of_one_model, load_critic, load_target
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
     from fastreason.policy import choose_layout, load_policy
@@ -206,9 +218,12 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     device = prepare_device(session.device, config)
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
+    algorithm = resolve_algorithm(config)
+    silent = ends_of_one_model(session, config, algorithm)
     policy = load_policy(
         Path(session.model_dir), config.model, str(device), attention=session.attention, liger=session.liger
     )
+    num_columns = policy.head.weight.shape[0]
     updater = DeepSpeedUpdater(policy, config.train, config.model.dtype, num_updates(config))
     ranks = Ranks(device)
     dtype = getattr(torch, config.model.dtype)
@@ -216,7 +231,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     resume_from = store.latest() if session.resume else None
     parts = Parts(
         config=config,
-        algorithm=resolve_algorithm(config),
+        algorithm=algorithm,
         updater=updater,
         ranks=ranks,
         publisher=make_publisher(session, config, device),
@@ -226,6 +241,9 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         pad_token_id=policy.model.config.pad_token_id or 0,
         stop_requested=stop,
         resume_from=resume_from,
+        target=load_target(session, config, algorithm, device, num_columns),
+        critic=load_critic(session, config, device) if algorithm.critic else None,
+        silent=silent,
     )
     if ranks.is_first:
         resume_step = resume_from[1].step if resume_from else None

@@ -16,6 +16,7 @@ from fastreason.sections import (
     AlgorithmConfig,
     CheckpointConfig,
     Config,
+    CriticConfig,
     DataConfig,
     EvalConfig,
     LogConfig,
@@ -23,6 +24,7 @@ from fastreason.sections import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
     TrainConfig,
 )
 
@@ -30,6 +32,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
+    "CriticConfig",
     "DataConfig",
     "EvalConfig",
     "LogConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "TeacherConfig",
     "TrainConfig",
     "apply_override",
     "batch_derivation",

@@ -8,6 +8,8 @@ import torch
 from fastreason_kernels import PolicyLossOutput, PolicyLossSpec, importance_weight
 from torch import Tensor
 
+from fastreason.advantages import Pairs
+from fastreason.kl import estimate
 from fastreason.packing import MicroBatch
 from fastreason.types import Group
 
@@ -54,18 +56,20 @@ class TokenTotals:
 
         ess = (sum w)^2 / (n sum w^2), the share of n equally weighted samples that would tell as much
 
-    The weights that `spec` puts on the policy term are of all updates.
+    The weights that `spec` puts on the policy term are of all updates, and so are the estimates of the KL to the model of
+    name `target`, over all tokens computed: k3 and k1, or the divergence itself over the tokens that its term acts on.
     """
 
     SUMS = (
         *("num", "logp", "entropy", "kl", "ratio", "clipped", "weight", "bounded"),
         *("counted", "abs_diff", "mismatch_kl", "sampler_ratio", "sampler_ratio_square"),
         *("sequences", "sequence_ratio", "sequence_ratio_square"),
+        *("compared", "k1", "k3", "acted", "term"),
     )
     MAXIMA = ("ratio_max", "abs_diff_max", "sampler_ratio_max", "minus_sampler_ratio_min")
 
-    def __init__(self, spec: PolicyLossSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: PolicyLossSpec, target: str = "reference") -> None:
+        self._spec, self._target = spec, target
         self._sums = dict.fromkeys(self.SUMS, 0.0)
         self._maxima = dict.fromkeys(self.MAXIMA, 0.0) | {"minus_sampler_ratio_min": -math.inf}
 
@@ -83,8 +87,22 @@ class TokenTotals:
         for key, values in pick.items():
             self._sums[key] += float(values.double().sum())
         self._raise("ratio_max", pick["ratio"])
+        self._add_comparison(batch, pick["logp"], pick["kl"], kept)
         if first_update:
             self._add_mismatch(pick["logp"] - batch.sampler_logp_N.cpu()[kept], batch.sequence_N.cpu()[kept])
+
+    def _add_comparison(self, batch: MicroBatch, logp_N: Tensor, kl_N: Tensor, kept: Tensor) -> None:
+        """Add the distance to the model that the run compares with; logp_N and kl_N are of the tokens in `kept`."""
+        sums = self._sums
+        if batch.ref_logp_N is not None:
+            ref_logp_N = batch.ref_logp_N.cpu()[kept]
+            sums["compared"] += float(len(logp_N))
+            for name in ("k1", "k3"):
+                sums[name] += float(estimate(logp_N, ref_logp_N, name).double().sum())
+        if batch.divergence is not None:
+            acted = torch.ones_like(logp_N) if batch.kl_weight_N is None else batch.kl_weight_N.cpu()[kept]
+            sums["acted"] += float(acted.sum())
+            sums["term"] += float((kl_N * acted).double().sum())
 
     def _weights(self, batch: MicroBatch, output: PolicyLossOutput) -> tuple[Tensor, Tensor]:
         """([N] importance weight on the policy term, [N] bool: changed by its bounds)."""
@@ -123,10 +141,9 @@ class TokenTotals:
     def packed(self) -> tuple[list[float], list[float]]:
         return [self._sums[k] for k in self.SUMS], [self._maxima[k] for k in self.MAXIMA]
 
-    @classmethod
-    def figures(cls, sums: list[float], maxima: list[float]) -> dict[str, float]:
+    def figures(self, sums: list[float], maxima: list[float]) -> dict[str, float]:
         """The metrics from the sums and maxima over all ranks."""
-        total, largest = dict(zip(cls.SUMS, sums, strict=True)), dict(zip(cls.MAXIMA, maxima, strict=True))
+        total, largest = dict(zip(self.SUMS, sums, strict=True)), dict(zip(self.MAXIMA, maxima, strict=True))
         num, counted = max(1.0, total["num"]), max(1.0, total["counted"])
         smallest = -largest["minus_sampler_ratio_min"]
         return {
@@ -148,7 +165,32 @@ class TokenTotals:
             ),
             "mismatch/weight_mean": total["weight"] / num,
             "mismatch/weight_capped_share": total["bounded"] / num,
+            **self._distance(total),
         }
+
+    def _distance(self, total: dict[str, float]) -> dict[str, float]:
+        """kl/reference or kl/teacher: exact or by k3, and its k1; nothing where no response was compared."""
+        name = f"kl/{self._target}"
+        if total["acted"]:
+            return {name: total["term"] / total["acted"]}
+        if total["compared"]:
+            return {name: total["k3"] / total["compared"], f"{name}_k1": total["k1"] / total["compared"]}
+        return {}
+
+
+def pair_figures(pairs: Sequence[Pairs]) -> dict[str, float]:
+    """Means over a step's pairs, and their number."""
+    num = sum(each.num for each in pairs)
+
+    def mean(values: list[float]) -> float:
+        return sum(value * each.num for value, each in zip(values, pairs, strict=True)) / max(1, num)
+
+    return {
+        "pairs/num": float(num),
+        "pairs/loss": mean([each.loss for each in pairs]),
+        "pairs/accuracy": mean([each.accuracy for each in pairs]),
+        "pairs/margin": mean([each.margin for each in pairs]),
+    }
 
 
 def effective_share(num: float, total: float, squares: float) -> float:

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,8 +18,11 @@ import torch
 from fastreason.algorithms import ResolvedAlgorithm
 from fastreason.checkpoint import CheckpointStore, TrainerState, read_producer_state
 from fastreason.config import Config
+from fastreason.critic import Critic
 from fastreason.errors import InterruptedWaitError
 from fastreason.figures import rollout_figures
+from fastreason.frozen import FrozenModel
+from fastreason.kl import CoefficientState
 from fastreason.metrics import MetricsLog, Progress, SampleLog
 from fastreason.packing import Layout
 from fastreason.ranks import Ranks
@@ -73,7 +76,10 @@ class Totals:
 
 @dataclass
 class Parts:
-    """Everything that the loop uses; `rollouts`, `metrics` and `samples` exist on rank 0 only."""
+    """Everything that the loop uses; `rollouts`, `metrics` and `samples` exist on rank 0 only.
+
+    `target`, `critic` and `silent` are the training step's.
+    """
 
     config: Config
     algorithm: ResolvedAlgorithm
@@ -91,6 +97,9 @@ class Parts:
     samples: SampleLog | None = None
     progress: Progress | None = None
     trace: Trace = field(default_factory=lambda: Trace(None, "trainer"))
+    target: FrozenModel | None = None
+    critic: Critic | None = None
+    silent: frozenset[int] = frozenset()
 
 
 class Loop:
@@ -105,7 +114,15 @@ class Loop:
         self.score = float("-inf")
         self.totals = Totals()
         self._training = TrainingStep(
-            parts.config, parts.algorithm, parts.updater, parts.ranks, parts.layout, parts.pad_token_id
+            parts.config,
+            parts.algorithm,
+            parts.updater,
+            parts.ranks,
+            parts.layout,
+            parts.pad_token_id,
+            parts.target,
+            parts.critic,
+            parts.silent,
         )
 
     def run(self) -> bool:
@@ -126,6 +143,10 @@ class Loop:
         if parts.resume_from is not None:
             folder, saved = parts.resume_from
             parts.updater.load(folder / "updater")
+            if parts.critic is not None:
+                parts.critic.engine.load(folder / "critic")
+            if saved.coefficients:
+                self._training.coefficients = CoefficientState(**saved.coefficients)
             self.step, self.version, self.num_groups = saved.step, saved.version, saved.num_groups
             self.saved_step, self.score = saved.step, saved.score
             state = read_producer_state(folder) if parts.rollouts is not None else None
@@ -147,7 +168,7 @@ class Loop:
         pulled = time.perf_counter()
         self._say("train", step=self.step + 1)
         with trace.span("trainer", "train", step=self.step + 1):
-            figures = self._training(groups)
+            figures = self._training(groups, self.step)
         trained = time.perf_counter()
         self.step += 1
         self.num_groups += len(groups)
@@ -247,7 +268,10 @@ class Loop:
         if parts.ranks.is_first:
             parts.checkpoints.aside(self.step)
         parts.ranks.barrier()
-        parts.updater.save(parts.checkpoints.folder / f"step-{self.step:06d}.writing" / "updater")
+        aside = parts.checkpoints.folder / f"step-{self.step:06d}.writing"
+        parts.updater.save(aside / "updater")
+        if parts.critic is not None:
+            parts.critic.engine.save(aside / "critic")
         parts.ranks.barrier()
         if parts.rollouts is not None:
             state = TrainerState(
@@ -256,6 +280,7 @@ class Loop:
                 num_groups=self.num_groups,
                 score=self.score,
                 figures=vars(self.totals),
+                coefficients=asdict(self._training.coefficients),
             )
             # Told to stop, it does not wait for what is still being generated: those prompts are asked again.
             producer = parts.rollouts.save_state(self.num_groups, settle=not parts.stop_requested())

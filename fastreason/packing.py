@@ -11,7 +11,7 @@ row, or, in the shared layout, all rows of one prompt behind that prompt. Three 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class Row:
     """One sequence: the token ids of a prompt and of a response to it.
 
     `advantage` is per sequence; `token_weight` multiplies each response token's loss (1, or 1 / num_response; 0 for a
-    row that only counts in the denominator).
+    row that only counts in the denominator). `index` is p * G + g, the response's place among the batch's [P, G] rewards.
+    `teacher_logp` are a server's log-probabilities of the response's tokens, where one was asked.
     """
 
     prompt: list[int]
@@ -34,6 +35,8 @@ class Row:
     sampler_logp: list[float]
     advantage: float
     token_weight: float = 1.0
+    index: int = 0
+    teacher_logp: list[float] | None = None
 
     @property
     def num_response(self) -> int:
@@ -43,6 +46,19 @@ class Row:
         return len(self.prompt) + len(self.response)
 
 
+class Divergence(Protocol):
+    """A KL over the whole vocabulary, made where the trained model's hidden states and head are at hand."""
+
+    @property
+    def coef(self) -> float: ...
+
+    def __call__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: "MicroBatch", temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(the differentiable sum over tokens, without `coef`; [N] nats, detached, NaN where not computed)."""
+        ...
+
+
 @dataclass
 class MicroBatch:
     """Tensors of one forward. L is the line's length; N the response tokens of all rows, in row order.
@@ -50,7 +66,10 @@ class MicroBatch:
     input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True where a query may look, or None for causal.
     head_index_N: int64, the position in the flattened [B * L] whose hidden state predicts response token n.
     ids_N: int64. sampler_logp_N, advantages_N, token_weight_N: fp32. sequence_N: int64, the row that a token belongs to.
-    behaviour_logp_N: fp32, what the ratio divides by; None means the current policy, detached: a ratio of exactly 1.
+    index_B: int64, `Row.index` of each row. behaviour_logp_N: fp32, what the ratio divides by; None means the current
+    policy, detached: a ratio of exactly 1. ref_logp_N: fp32, of the model that a KL term compares with. kl_weight_N: fp32,
+    0 or 1, which tokens that term acts on; None: all. divergence: a KL that needs the whole vocabulary, in the loss.
+    values_N, returns_N: fp32, what a critic said before the step, and what it is to learn.
     """
 
     input_ids_BL: Tensor
@@ -61,10 +80,25 @@ class MicroBatch:
     advantages_N: Tensor
     token_weight_N: Tensor
     sequence_N: Tensor
+    index_B: Tensor
     num_rows: int
     num_tokens: int
     mask_B1LL: Tensor | None = None
     behaviour_logp_N: Tensor | None = None
+    ref_logp_N: Tensor | None = None
+    kl_weight_N: Tensor | None = None
+    divergence: Divergence | None = None
+    values_N: Tensor | None = None
+    returns_N: Tensor | None = None
+
+    def sequence_sums(self, values_N: Tensor) -> Tensor:
+        """[N] -> [num_rows] fp64: the sum over each row's response tokens."""
+        sums_B = torch.zeros(self.num_rows, dtype=torch.float64)
+        return sums_B.index_add(0, self.sequence_N.cpu(), values_N.detach().double().cpu())
+
+    def of_rows(self, values_R: Tensor) -> Tensor:
+        """Values by `Row.index` -> [N]: each response token gets its row's."""
+        return values_R[self.index_B[self.sequence_N]]
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -78,14 +112,15 @@ def rows_of(
     *,
     weight: float = 1.0,
     with_truncated: bool = True,
+    first_index: int = 0,
 ) -> list[Row]:
     """The rows of a batch of groups in order, `weight` times their token weights; responses without a token make no row.
 
-    with_truncated: False leaves out the responses that were cut off too.
+    with_truncated: False leaves out the responses that were cut off too. first_index: that of the first group's first.
     """
     rows = []
-    for group, advantages in zip(groups, advantages_PG.tolist(), strict=True):
-        for sample, advantage in zip(group.samples, advantages, strict=True):
+    for number, (group, advantages) in enumerate(zip(groups, advantages_PG.tolist(), strict=True)):
+        for place, (sample, advantage) in enumerate(zip(group.samples, advantages, strict=True)):
             length = len(sample.token_ids)
             if length == 0 or (sample.truncated and not with_truncated):
                 continue
@@ -96,6 +131,8 @@ def rows_of(
                     sampler_logp=sample.sampler_logp,
                     advantage=advantage,
                     token_weight=weight / length if aggregation == "sequence_mean" else weight,
+                    index=first_index + number * len(group.samples) + place,
+                    teacher_logp=sample.teacher_logp,
                 )
             )
     return rows
@@ -213,9 +250,19 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
         advantages_N=torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(repeats),
         token_weight_N=torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(repeats),
         sequence_N=torch.arange(len(rows)).repeat_interleave(repeats),
+        index_B=torch.tensor([row.index for row in rows]),
+        ref_logp_N=_teacher_logp(rows),
         num_rows=len(rows),
         num_tokens=sum(lengths),
     )
+
+
+def _teacher_logp(rows: Sequence[Row]) -> Tensor | None:
+    known = [row.teacher_logp for row in rows if row.teacher_logp is not None]
+    if not known:
+        return None
+    assert len(known) == len(rows), "the teacher has scored some responses of a micro-batch and not others"
+    return torch.tensor([logp for row in known for logp in row], dtype=torch.float32)
 
 
 def _write(ids_BL: Tensor, positions_BL: Tensor, line: int, at: int, token_ids: list[int], position: int) -> None:

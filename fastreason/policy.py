@@ -5,6 +5,7 @@ never exist whole. Everything that an update computes happens inside `forward`, 
 where they are used.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,70 @@ class FusedHead(nn.Module):
     def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float) -> Any:
         if spec is None:
             return linear_logprob(hidden_ND, self.weight, batch.ids_N, bias=self.bias, temperature=temperature)
-        return linear_policy_loss(
-            hidden_ND,
-            self.weight,
-            batch.ids_N,
-            batch.advantages_N,
-            spec,
-            behaviour_logp=batch.behaviour_logp_N,
-            sampler_logp=batch.sampler_logp_N,
-            token_weight=batch.token_weight_N,
-            sequence_ids=batch.sequence_N,
-            bias=self.bias,
-            temperature=temperature,
-        )
+        output = fused_loss(hidden_ND, self.weight, self.bias, batch, policy_spec(batch, spec), temperature)
+        if batch.kl_weight_N is not None and spec.kl_coef:
+            output = _plus(output, *self._masked_kl(hidden_ND, batch, spec, temperature))
+        if batch.divergence is not None:
+            loss_sum, kl_N = batch.divergence(hidden_ND, self.weight, self.bias, batch, temperature)
+            output = _plus(output, batch.divergence.coef * loss_sum, kl_N)
+        return output
+
+    def _masked_kl(
+        self, hidden_ND: Tensor, batch: MicroBatch, spec: PolicyLossSpec, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The KL term of the tokens that have one, by itself: a policy loss without advantages."""
+        assert batch.kl_weight_N is not None
+        alone = replace(batch, advantages_N=torch.zeros_like(batch.advantages_N))
+        kl_spec = PolicyLossSpec(ratio="none", kl=spec.kl, kl_coef=spec.kl_coef)
+        mask_N = batch.kl_weight_N != 0
+        term = fused_loss(hidden_ND, self.weight, self.bias, alone, kl_spec, temperature, mask_N)
+        return term.loss_sum, term.kl
+
+
+def fused_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    batch: MicroBatch,
+    spec: PolicyLossSpec,
+    temperature: float,
+    mask_N: Tensor | None = None,
+) -> PolicyLossOutput:
+    """The policy loss of a micro-batch's response tokens, from the hidden states that predict them and a head."""
+    return linear_policy_loss(
+        hidden_ND,
+        weight_VD,
+        batch.ids_N,
+        batch.advantages_N,
+        spec,
+        behaviour_logp=batch.behaviour_logp_N,
+        ref_logp=batch.ref_logp_N,
+        sampler_logp=batch.sampler_logp_N,
+        token_weight=batch.token_weight_N,
+        mask=mask_N,
+        sequence_ids=batch.sequence_N,
+        bias=bias_V,
+        temperature=temperature,
+    )
+
+
+def score_batch(batch: MicroBatch) -> MicroBatch:
+    """A micro-batch whose policy loss gives the log-probabilities that its update would find, to the last bit.
+
+    Those of products of another shape may round otherwise: so the update's own operator, with a ratio.
+    """
+    known = batch.sampler_logp_N
+    return replace(batch, behaviour_logp_N=known, ref_logp_N=known, kl_weight_N=None, divergence=None)
+
+
+def policy_spec(batch: MicroBatch, spec: PolicyLossSpec) -> PolicyLossSpec:
+    """`spec` of the part that acts on every token: without the KL where the batch says which tokens that acts on."""
+    return spec if batch.kl_weight_N is None else replace(spec, kl="none", kl_coef=0.0)
+
+
+def _plus(output: PolicyLossOutput, loss_sum: Tensor, kl_N: Tensor) -> PolicyLossOutput:
+    """With a KL term more; tokens that it does not act on have a KL of 0."""
+    return output._replace(loss_sum=output.loss_sum + loss_sum, kl=kl_N.nan_to_num(nan=0.0))
 
 
 class Policy(nn.Module):
@@ -62,21 +114,29 @@ class Policy(nn.Module):
     def forward(
         self, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float
     ) -> PolicyLossOutput | tuple[Tensor, Tensor, Tensor]:
-        hidden_BLD = self.model.base_model(
-            input_ids=batch.input_ids_BL,
-            position_ids=batch.position_ids_BL,
-            attention_mask=self._attention_mask(batch.mask_B1LL),
-            use_cache=False,
-        ).last_hidden_state
-        hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
-        return self.head(hidden_ND, batch, spec, temperature)
+        return self.head(self.hidden(batch), batch, spec, temperature)
 
-    def _attention_mask(self, mask_B1LL: Tensor | None) -> Tensor | None:
-        # sdpa takes a bool mask; eager attention adds the mask to the scores, and would add True as 1.
-        if mask_B1LL is None or self.model.config._attn_implementation != "eager":
-            return mask_B1LL
-        dtype = self.model.dtype
-        return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """[N, D]: the states that predict the response tokens."""
+        return response_states(self.model, batch)
+
+
+def response_states(model: Any, batch: MicroBatch) -> Tensor:
+    """[N, D] of a transformers causal LM: the last hidden states that predict the response tokens of a micro-batch."""
+    hidden_BLD = model.base_model(
+        input_ids=batch.input_ids_BL,
+        position_ids=batch.position_ids_BL,
+        attention_mask=_attention_mask(model, batch.mask_B1LL),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
+
+
+def _attention_mask(model: Any, mask_B1LL: Tensor | None) -> Tensor | None:
+    # sdpa takes a bool mask; eager attention adds the mask to the scores, and would add True as 1.
+    if mask_B1LL is None or model.config._attn_implementation != "eager":
+        return mask_B1LL
+    return torch.zeros_like(mask_B1LL, dtype=model.dtype).masked_fill(~mask_B1LL, torch.finfo(model.dtype).min)
 
 
 def choose_attention(wanted: str, device: str, flash_attn_installed: bool, line_tokens: int) -> str:

@@ -56,7 +56,7 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
             "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "
             "or use rollout.engine=hf."
         )
-    unchecked = check_data(config.data) + check_model(config.model)
+    unchecked = check_data(config.data) + check_model(config.model) + check_teacher(config)
     if Path(config.model.path).is_dir():
         max_model_len(config, read_model_config(config.model.path))
     return decisions, unchecked
@@ -67,6 +67,28 @@ def longest_line(config: Config) -> int:
     shared = config.train.share_prompts != "off"
     responses = config.rollout.samples_per_prompt if shared else 1
     return config.data.max_prompt_tokens + responses * config.rollout.max_new_tokens
+
+
+def check_teacher(config: Config) -> list[str]:
+    """Raise ConfigError where the teacher's tokenizer is not the model's; returns what only the trainer's start can check.
+
+    It does so before anything loads there too.
+    """
+    from fastreason.companions import described_by, teacher_model
+    from fastreason.models import check_model
+    from fastreason.vocabulary import check_same_vocabulary
+
+    teacher = config.teacher
+    if teacher.path is None or teacher.path == config.model.path:
+        return []
+    if Path(teacher.path).is_dir() and Path(config.model.path).is_dir():
+        trust = teacher.trust_remote_code
+        check_same_vocabulary(Path(config.model.path), Path(teacher.path), trust_teacher_code=trust)
+        return []
+    with described_by("teacher.path"):
+        unchecked = check_model(teacher_model(config))
+    unchecked = [line.replace("model.path", "teacher.path") for line in unchecked]
+    return [*unchecked, f"teacher.path={teacher.path!r}: its tokenizer against that of model.path"]
 
 
 def check_prompts_offline(config: Config) -> None:
@@ -96,4 +118,9 @@ def anchor_paths(config: Config) -> Config:
         data = data.model_copy(update={"path": str(Path(data.path).resolve())})
     if rollout.exchange_dir is not None:
         rollout = rollout.model_copy(update={"exchange_dir": str(Path(rollout.exchange_dir).resolve())})
-    return config.model_copy(update={"model": model, "data": data, "rollout": rollout})
+    sections = {"model": model, "data": data, "rollout": rollout}
+    for name in ("teacher", "critic"):
+        section = getattr(config, name)
+        if section.path is not None and Path(section.path).is_dir():
+            sections[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    return config.model_copy(update=sections)

@@ -183,7 +183,52 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = Field(
         None, description="override: mean over the step's tokens, mean over sequences of token means, or a constant"
     )
-    entropy_coef: float | None = Field(None, ge=0, description="override of the entropy bonus")
+    ratio: Literal["none", "token", "sequence"] | None = Field(
+        None, description="override: policy / behaviour ratio of a token, of its whole sequence, or none: -A log pi"
+    )
+    gate: Literal["clip", "cispo", "sapo"] | None = Field(None, description="override: what bounds the ratio")
+    sapo_tau_pos: float | None = Field(None, gt=0, description="override: gate=sapo: steepness where A > 0")
+    sapo_tau_neg: float | None = Field(None, gt=0, description="override: gate=sapo: steepness where A < 0")
+    use_rewards: bool | None = Field(
+        None, description="override; false: no policy term, the KL term alone (knowledge distillation)"
+    )
+    entropy_coef: float | None = Field(
+        None, ge=0, description="override of the entropy bonus; its start with entropy_goal"
+    )
+    entropy_goal: float | None = Field(
+        None, gt=0, description="adapts the entropy bonus towards this entropy, nats per token; null: it stays"
+    )
+    entropy_step: float | None = Field(
+        None, gt=0, description="entropy_goal: the bonus changes by so much a step; default 0.005"
+    )
+    kl: Literal["none", "k1", "k2", "k3", "exact", "top_k"] | None = Field(
+        None,
+        description="override: KL term: an estimator on sampled tokens, or over the vocabulary (exact), or the target's top_k",
+    )
+    kl_coef: float | None = Field(None, ge=0, description="override: coefficient of the KL term")
+    kl_place: Literal["loss", "advantage", "reward"] | None = Field(
+        None,
+        description="override: a differentiated loss, or detached in each token's advantage or the response's reward",
+    )
+    kl_target: Literal["reference", "teacher"] | None = Field(
+        None, description="override: the initial model, or the model of the section teacher"
+    )
+    kl_schedule: Literal["fixed", "annealed", "adaptive"] | None = Field(
+        None, description="override: how kl_coef changes over the steps"
+    )
+    kl_anneal: float | None = Field(None, gt=0, description="kl_schedule=annealed: taken off kl_coef each step")
+    kl_floor: float | None = Field(None, ge=0, description="kl_schedule=annealed: it falls no lower")
+    kl_goal: float | None = Field(None, gt=0, description="kl_schedule=adaptive: the KL wanted, nats per token")
+    kl_horizon: float | None = Field(
+        None, gt=0, description="kl_schedule=adaptive: responses over which it adapts; default 10000"
+    )
+    kl_top_k: int = Field(32, ge=1, description="kl=top_k: tokens of the target's distribution that count")
+    kl_mask: Literal["none", "wrong", "wrong_group"] | None = Field(
+        None, description="override: KL on all responses, wrong ones, or those of groups without a right one"
+    )
+    kl_mask_mean: Literal["kept", "all"] | None = Field(
+        None, description="override: kl_mask: mean over what it keeps, or over all"
+    )
     ratio_against: Literal["sampler", "trainer"] | None = Field(
         None,
         description="override: whose log-probabilities the ratio divides by; trainer: its own, from before the step's updates",
@@ -203,7 +248,7 @@ class AlgorithmConfig(Section):
     )
     filtered: Literal["zero", "remove", "refill"] | None = Field(
         None,
-        description="override: such groups weigh zero but count in the mean, leave the batch, or are dropped and replaced",
+        description="override: such groups lose their advantage but count in the mean, leave the batch, or are replaced",
     )
     max_refills: int = Field(
         20, ge=1, description="filtered=refill: error when more than so many batches' worth were dropped for one batch"
@@ -214,9 +259,35 @@ class AlgorithmConfig(Section):
     truncation_penalty: float = Field(
         default=1.0, ge=0, description="truncated=penalise: taken from the reward of a truncated response"
     )
-    truncation_buffer: int = Field(
-        default=0, ge=0, description="truncated=penalise: grows linearly over the last so many tokens before the limit"
+    truncation_buffer: int | None = Field(
+        None, ge=0, description="override: truncated=penalise: grows linearly over so many tokens before the limit"
     )
+
+
+class TeacherConfig(Section):
+    path: str | None = Field(
+        None, description="folder or hub name of a frozen model with the same tokenizer; null: none"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of its forward")
+    where: Literal["trainer", "server"] = Field(
+        "trainer", description="in the trainer's processes, or behind a vLLM server that scores the sampled tokens"
+    )
+    url: str | None = Field(None, description="where=server: URL of the running vLLM server")
+    allow_download: bool = Field(False, description="let a hub name be downloaded")
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that ships with it: only if you read it"
+    )
+
+
+class CriticConfig(Section):
+    path: str | None = Field(None, description="folder or hub name that its body starts from; null: model.path")
+    lr: float = Field(1e-5, gt=0, description="learning rate, constant")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="a value moves at most so far from the old one before its loss stops; null: off"
+    )
+    warmup_steps: int = Field(0, ge=0, description="first steps in which only the critic trains")
 
 
 class TrainConfig(Section):
@@ -285,6 +356,8 @@ class Config(Section):
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig())
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig())
+    teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig())
+    critic: CriticConfig = Field(default_factory=lambda: CriticConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
     log: LogConfig = Field(default_factory=lambda: LogConfig())

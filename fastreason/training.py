@@ -1,15 +1,21 @@
 """One training step: from graded groups to optimizer updates. Advantages, packing, micro-batches, figures; no I/O, no clock."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
+from fastreason_kernels import PolicyLossSpec
 from torch import Tensor
 
-from fastreason.advantages import rewards_tensor
+from fastreason import credit
+from fastreason.advantages import Pairs, rewards_tensor
 from fastreason.algorithms import ResolvedAlgorithm
 from fastreason.config import Config, updates_prompts
-from fastreason.figures import TokenTotals
+from fastreason.critic import Critic, fit_figures
+from fastreason.errors import DataError
+from fastreason.figures import TokenTotals, pair_figures
 from fastreason.filtering import overshoot, verdict
+from fastreason.frozen import FrozenModel, HeadDivergence
+from fastreason.kl import CoefficientState
 from fastreason.packing import (
     Layout,
     MicroBatch,
@@ -29,15 +35,24 @@ from fastreason.update.updater import Updater, UpdateResult
 
 @dataclass(frozen=True)
 class Plan:
-    """One update: the rows that its denominator counts, and this rank's micro-batches of those that are computed."""
+    """One update: the rows that its denominator counts, and this rank's micro-batches of those that are computed.
+
+    kl_scale multiplies the KL term, to make it a mean over what its mask keeps.
+    """
 
     rows: list[Row]
     batches: list[MicroBatch]
+    kl_scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingStep:
-    """Called on every rank with the same groups; what makes algorithms differ is in `algorithm`."""
+    """Called on every rank with the same groups; what makes algorithms differ is in `algorithm`.
+
+    target: the model that KL terms and pairs compare with, where it is in the trainer. silent: token ids on which a KL term
+    does not act (ends of responses that policy and teacher write differently). coefficients: the adaptive ones, of the step
+    to come; part of a checkpoint.
+    """
 
     config: Config
     algorithm: ResolvedAlgorithm
@@ -45,45 +60,180 @@ class TrainingStep:
     ranks: Ranks
     layout: Layout
     pad_token_id: int
+    target: FrozenModel | None = None
+    critic: Critic | None = None
+    silent: frozenset[int] = frozenset()
+    coefficients: CoefficientState = field(init=False)
 
-    def __call__(self, groups: list[Group]) -> dict[str, float]:
-        """All optimizer updates of one batch; returns the step's loss figures."""
-        plans = self._plans(groups)
-        self._set_behaviour(plans)
-        totals, results = TokenTotals(self.algorithm.spec), []
-        temperature = self.config.rollout.temperature
+    def __post_init__(self) -> None:
+        self.coefficients = self.algorithm.initial_state()
+
+    def __call__(self, groups: list[Group], step: int = 0) -> dict[str, float]:
+        """All optimizer updates of one batch, `step` (from 0) of the run; returns the step's loss figures."""
+        algorithm = self.algorithm
+        spec, coef = algorithm.spec_at(step, self.coefficients), algorithm.kl.coefficient(step, self.coefficients)
+        plans = self._prepare(groups, spec, coef)
+        totals, results, fits, pairs = TokenTotals(spec, algorithm.kl.target), [], [], []
         for plan in plans:
             if not plan.batches:  # on every rank alike
                 results.append(self.updater.skip())
                 continue
-            first = all(result.empty for result in results)
             denominator = self._denominator(plan.rows)
-            result = self.updater.update(plan.batches, self.algorithm.spec, temperature, denominator)
-            for batch, output in zip(plan.batches, result.outputs, strict=True):
-                totals.add(batch, output, first_update=first)
-            results.append(result)
+            if algorithm.pairs:
+                pairs.append(self._set_pairs(plan, groups, spec))
+                denominator = float(max(1, pairs[-1].num))
+            warming_up = self.critic is not None and step < self.critic.warmup_steps
+            if warming_up or (algorithm.pairs and not pairs[-1].num):
+                results.append(self.updater.skip())
+            else:
+                first = all(result.empty for result in results)
+                results.append(self._update(plan, spec, denominator))
+                for batch, output in zip(plan.batches, results[-1].outputs, strict=True):
+                    totals.add(batch, output, first_update=first)
+            if self.critic is not None:
+                fits.append(self.critic.fit(plan.batches, sum(row.num_response for row in plan.rows)))
+        batches = [batch for plan in plans for batch in plan.batches]
         sums, maxima = totals.packed()
-        mine = sum(batch.num_tokens for plan in plans for batch in plan.batches)
-        (computed,) = self.ranks.sum([float(mine)])
-        return (
-            TokenTotals.figures(self.ranks.sum(sums), self.ranks.max(maxima))
-            | update_figures(results)
-            | self._left_out(groups)
-            | {
-                "train/tokens": float(sum(len(row) for plan in plans for row in plan.rows)),
-                "train/tokens_computed": computed,
-            }
-        )
+        (computed,) = self.ranks.sum([float(sum(batch.num_tokens for batch in batches))])
+        figures = totals.figures(self.ranks.sum(sums), self.ranks.max(maxima))
+        figures |= update_figures(results) | self._left_out(groups) | self._coefficient_figures(coef)
+        figures |= fit_figures(fits, batches, self.ranks) if fits else {}
+        figures |= pair_figures(pairs) if pairs else {}
+        if not all(result.empty for result in results):
+            self._adapt(figures, num_responses=sum(len(plan.rows) for plan in plans))
+        return figures | {
+            "train/tokens": float(sum(len(row) for plan in plans for row in plan.rows)),
+            "train/tokens_computed": computed,
+        }
 
-    def _plans(self, groups: list[Group]) -> list[Plan]:
-        """The updates of a batch, in order."""
-        advantages_PG = self.algorithm.advantage(self._rewards(groups))
+    def _prepare(self, groups: list[Group], spec: PolicyLossSpec, coef: float) -> list[Plan]:
+        """The updates of a batch, in order, with everything that they need from models but pairs."""
+        algorithm, term = self.algorithm, self.algorithm.kl
+        rewards_PG = self._rewards(groups)
+        trained_PG = self._trained(groups)
+        if self._late:
+            advantages_PG = trained_PG  # stands for what is not known yet: not 0 where anything may come
+        else:
+            advantages_PG = self._advantages(groups, rewards_PG) * trained_PG
+        plans = self._plans(groups, advantages_PG)
+        batches = [batch for plan in plans for batch in plan.batches]
+        if term.estimator != "none" or algorithm.pairs:
+            self._compare(groups, plans, spec, coef)
+        else:
+            for batch in batches:
+                batch.ref_logp_N = None  # a teacher's, in groups that were written for another algorithm
+        place = term.place if term.active else "loss"
+        several = algorithm.ratio_against == "trainer" and sum(bool(plan.batches) for plan in plans) > 1
+        logp = self._logprobs(batches, spec) if (place != "loss" or several) and batches else []
+        self._set_behaviour(batches, logp if several else None)
+        costs: list[Tensor] | None = None
+        if place == "reward":
+            costs = [coef * credit.token_kl(batch, own, term) for batch, own in zip(batches, logp, strict=True)]
+        if self.critic is not None:
+            values = self.critic.engine.values(batches)
+            credit.set_gae(batches, rewards_PG, trained_PG, values, algorithm.advantage, costs)
+        elif costs is not None:
+            cost_PG = credit.response_sums(batches, costs, (len(groups), len(groups[0].samples)), self.ranks)
+            credit.set_advantages(batches, self._advantages(groups, rewards_PG - cost_PG) * trained_PG)
+        if place == "advantage":
+            scales = [plan.kl_scale for plan in plans for _ in plan.batches]
+            for batch, own, scale in zip(batches, logp, scales, strict=True):
+                credit.add_kl_to_advantages(batch, own, term, coef * scale)
+        return plans
+
+    @property
+    def _late(self) -> bool:
+        """Whether advantages need what only the models say, so that no row can be left out before."""
+        algorithm = self.algorithm
+        return algorithm.critic or algorithm.pairs or (algorithm.kl.active and algorithm.kl.place == "reward")
+
+    def _advantages(self, groups: list[Group], rewards_PG: Tensor) -> Tensor:
+        """[P, G] of an algorithm whose advantages are made of rewards."""
+        if not self.algorithm.greedy_baseline:
+            return self.algorithm.advantage(rewards_PG)
+        missing = [group.ticket for group in groups if group.greedy_reward is None]
+        if missing:
+            raise DataError(
+                f"groups {missing[:5]} have no greedy response, which algorithm.name={self.config.algorithm.name} compares "
+                "with. They were generated for another algorithm: generate them again."
+            )
+        return self.algorithm.advantage(rewards_PG, greedy_P=torch.tensor([group.greedy_reward for group in groups]))
+
+    def _trained(self, groups: list[Group]) -> Tensor:
+        """[P, G]: 0 for responses whose rewards do not count, because of a filter or because none do; else 1."""
+        algorithm = self.algorithm
+        rows = [
+            [float(algorithm.use_rewards and verdict(g, algorithm.filter) is None)] * len(g.samples) for g in groups
+        ]
+        return torch.tensor(rows)
+
+    def _plans(self, groups: list[Group], advantages_PG: Tensor) -> list[Plan]:
         size = updates_prompts(self.config)
         plans = []
         for first in range(0, len(groups), size):
-            rows = self._rows(groups[first : first + size], advantages_PG[first : first + size])
+            rows = self._rows(groups[first : first + size], advantages_PG[first : first + size], first)
             plans.append(Plan(rows, self.micro_batches(rows)))
         return plans
+
+    def _compare(self, groups: list[Group], plans: list[Plan], spec: PolicyLossSpec, coef: float) -> None:
+        """What the batches need of the model that they are compared with; scales of the KL term."""
+        term, batches = self.algorithm.kl, [batch for plan in plans for batch in plan.batches]
+        kept_PG = credit.kept_responses(groups, term)
+        credit.set_kl_weights(batches, kept_PG, self.silent)
+        if self.target is not None and (term.sampled or self.algorithm.pairs):
+            scores = self.target.logprobs(batches, spec, self.config.rollout.temperature)
+            for batch, ref_logp_N in zip(batches, scores, strict=True):
+                batch.ref_logp_N = ref_logp_N
+        if self.target is None and any(batch.ref_logp_N is None for batch in batches):
+            raise DataError(
+                "the groups hold no log-probabilities of a teacher, which teacher.where=server writes into them. They were "
+                "generated without one: generate them again, or use teacher.where=trainer."
+            )
+        by_sequence = self.algorithm.aggregation != "token_mean"
+        for number, plan in enumerate(plans):
+            plans[number] = replace(plan, kl_scale=credit.kl_scale(plan.rows, kept_PG, term, by_sequence))
+            if self.target is not None and term.estimator in ("exact", "top_k"):
+                top_k = term.top_k if term.estimator == "top_k" else None
+                for batch in plan.batches:
+                    batch.divergence = HeadDivergence(self.target, coef * plans[number].kl_scale, top_k)
+
+    def _logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec) -> list[Tensor]:
+        """The trainer's own, through the same products as an update of these rows."""
+        if self.algorithm.kl.active and self.algorithm.kl.place == "advantage":
+            batches = [replace(batch, advantages_N=torch.ones_like(batch.advantages_N)) for batch in batches]
+        return [logp.cpu() for logp in self.updater.logprobs(batches, spec, self.config.rollout.temperature)]
+
+    def _set_behaviour(self, batches: list[MicroBatch], logp: list[Tensor] | None) -> None:
+        """What the ratios divide by; with the trainer's own and a single update the ratio is 1 and needs nothing."""
+        for number, batch in enumerate(batches):
+            if self.algorithm.ratio_against == "sampler":
+                batch.behaviour_logp_N = batch.sampler_logp_N
+            elif logp is not None:
+                batch.behaviour_logp_N = logp[number]
+
+    def _set_pairs(self, plan: Plan, groups: list[Group], spec: PolicyLossSpec) -> Pairs:
+        """The coefficients of an update's pairs, at the weights that it starts from."""
+        logp = self._logprobs(plan.batches, spec)
+        rewards_PG = self._rewards(groups)
+        return credit.set_pairs(plan.batches, logp, rewards_PG, self.ranks, self.algorithm.advantage)
+
+    def _update(self, plan: Plan, spec: PolicyLossSpec, denominator: float) -> UpdateResult:
+        scaled = replace(spec, kl_coef=spec.kl_coef * plan.kl_scale)
+        return self.updater.update(plan.batches, scaled, self.config.rollout.temperature, denominator)
+
+    def _coefficient_figures(self, coef: float) -> dict[str, float]:
+        algorithm, found = self.algorithm, {}
+        if algorithm.kl.estimator != "none":
+            found["kl/coef"] = coef
+        if algorithm.entropy.goal is not None:
+            found["loss/entropy_coef"] = algorithm.entropy.coefficient(self.coefficients)
+        return found
+
+    def _adapt(self, figures: dict[str, float], num_responses: int) -> None:
+        kl = figures.get(f"kl/{self.algorithm.kl.target}", 0.0)
+        self.coefficients = self.algorithm.next_state(
+            self.coefficients, kl=kl, entropy=figures["loss/entropy"], num_responses=num_responses
+        )
 
     def _rewards(self, groups: list[Group]) -> Tensor:
         """[P, G] rewards that the advantages are made of: where the algorithm says so, less a penalty on overlong responses."""
@@ -94,8 +244,8 @@ class TrainingStep:
         overshoot_PG = torch.tensor([[overshoot(sample, limit, buffer) for sample in g.samples] for g in groups])
         return rewards_PG - algorithm.truncation_penalty * overshoot_PG
 
-    def _rows(self, groups: list[Group], advantages_PG: Tensor) -> list[Row]:
-        """The rows that an update counts: without masked responses; of filtered groups none, or with weight 0."""
+    def _rows(self, groups: list[Group], advantages_PG: Tensor, first: int) -> list[Row]:
+        """The rows that an update counts: without masked responses; of filtered groups none, or without an advantage."""
         algorithm = self.algorithm
         rows: list[Row] = []
         for number, group in enumerate(groups):
@@ -107,8 +257,10 @@ class TrainingStep:
                 [group],
                 advantages_PG[number : number + 1],
                 algorithm.aggregation,
-                weight=0.0 if filtered else 1.0,
+                # Terms beside the advantage act on a filtered group all the same.
+                weight=0.0 if filtered and algorithm.zero_advantage_is_zero_gradient else 1.0,
                 with_truncated=algorithm.truncated != "mask",
+                first_index=(first + number) * len(group.samples),
             )
         return rows
 
@@ -119,18 +271,6 @@ class TrainingStep:
             "train/masked_rows": float(sum(masked)) if algorithm.truncated == "mask" else 0.0,
             "train/filtered_groups": float(sum(verdict(group, algorithm.filter) is not None for group in groups)),
         }
-
-    def _set_behaviour(self, plans: list[Plan]) -> None:
-        """What the ratios divide by; the trainer's own log-probabilities are those of before the first update."""
-        algorithm = self.algorithm
-        if algorithm.ratio_against == "sampler":
-            for batch in (batch for plan in plans for batch in plan.batches):
-                batch.behaviour_logp_N = batch.sampler_logp_N
-        elif sum(bool(plan.batches) for plan in plans) > 1:  # with a single update the ratio is 1 and needs nothing
-            for plan in plans:
-                logp = self.updater.logprobs(plan.batches, algorithm.spec, self.config.rollout.temperature)
-                for batch, logp_N in zip(plan.batches, logp, strict=True):
-                    batch.behaviour_logp_N = logp_N
 
     def _denominator(self, rows: list[Row]) -> float:
         num_tokens = sum(row.num_response for row in rows)
@@ -143,7 +283,7 @@ class TrainingStep:
         """
         train = self.config.train
         rows = [row for row in rows if row.token_weight]
-        if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient:
+        if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient and not self._late:
             # The denominator counts them all the same. One row stays where none has a gradient.
             rows = [row for row in rows if row.advantage] or rows[:1]
         units = units_of(rows, self.layout)

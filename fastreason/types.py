@@ -44,7 +44,8 @@ class Sample(msgspec.Struct, kw_only=True):
     """One response. `token_ids`, `sampler_logp` and `token_versions` have one entry per generated token (EOS included).
 
     `sampler_logp` is the engine's log-probability of the token under the distribution that it sampled from (after
-    temperature), `token_versions` the number of the weights that sampled it.
+    temperature), `token_versions` the number of the weights that sampled it. `teacher_logp` is a teacher's server's
+    log-probability of each token at temperature 1, where the run has such a teacher.
     """
 
     token_ids: list[int]
@@ -53,6 +54,7 @@ class Sample(msgspec.Struct, kw_only=True):
     text: str
     finish_reason: str
     grade: Grade | None = None
+    teacher_logp: list[float] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -68,7 +70,8 @@ class Group(msgspec.Struct, kw_only=True):
     """One prompt with its G responses.
 
     `ticket` numbers the groups of a run in the order in which they were issued; `version_issued` is the version of the
-    weights at that moment, and so the oldest that can have sampled a token of it.
+    weights at that moment, and so the oldest that can have sampled a token of it. `greedy_reward` is that of one more
+    response, the likeliest token at each place, where the algorithm compares with it; that response is not kept.
     """
 
     ticket: int
@@ -78,6 +81,7 @@ class Group(msgspec.Struct, kw_only=True):
     version_issued: int
     generate_s: float = 0.0
     grade_s: float = 0.0
+    greedy_reward: float | None = None
 
     @property
     def rewards_G(self) -> list[float]:
@@ -89,7 +93,7 @@ class Group(msgspec.Struct, kw_only=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine samples. `top_k = 0` means all tokens; `seed` makes a request repeatable."""
+    """How an engine samples. `top_k = 0` means all tokens; `temperature = 0` the likeliest; `seed` makes it repeatable."""
 
     n: int = 1
     temperature: float = 1.0

@@ -7,12 +7,10 @@ algorithm.
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -20,11 +18,11 @@ from fastreason.config import Config
 from fastreason.errors import FastreasonError
 from fastreason.rollout import wire
 from fastreason.rollout.books import Books
-from fastreason.rollout.busy import BusyClock
 from fastreason.rollout.engine import Engine
 from fastreason.rollout.evaluation import evaluate
+from fastreason.rollout.sampling import Grader, Sampling, Teacher, Tokenizer, group_seed
 from fastreason.trace import Trace
-from fastreason.types import Grade, Group, Prompt, Sample, SamplingParams
+from fastreason.types import Group, Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +36,12 @@ CUMULATIVE = (
 )
 
 
-class Grader(Protocol):
-    """What the producer asks of the graders."""
-
-    @property
-    def num_timeouts(self) -> int: ...
-
-    async def grade(self, prompt: Prompt, texts: Sequence[str], truncated: Sequence[bool]) -> list[Grade]: ...
-
-
-class Tokenizer(Protocol):
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str: ...
-
-
 class Producer:
-    """Serves one trainer. `render` turns a prompt into token ids; `reject` names the reason why a group is not trained on."""
+    """Serves one trainer. `render` turns a prompt into token ids; `reject` names the reason why a group is not trained on.
+
+    greedy: a prompt is answered once more, with the likeliest token at each place, for the reward alone. teacher: scores the
+    tokens of every response that is trained on.
+    """
 
     def __init__(
         self,
@@ -69,14 +58,17 @@ class Producer:
         on_ready: Callable[[], None] = lambda: None,
         reject: Callable[[Group], str | None] = lambda group: None,
         trace: Trace | None = None,
+        greedy: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
+        self._teacher = teacher
         self._config, self._engine, self._grader, self._books = config, engine, grader, books
-        self._eval_prompts, self._tokenizer, self._render = eval_prompts, tokenizer, render
+        self._eval_prompts, self._render = eval_prompts, render
         self._num_train_prompts, self._run_dir, self._on_progress = num_train_prompts, run_dir, on_progress
         self._on_ready, self._reject, self._trace = on_ready, reject, trace or Trace(None, "producer")
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._generating, self._grading = BusyClock(), BusyClock()
+        self._sampling = Sampling(engine, grader, tokenizer, self._trace, greedy, teacher)
         self._failure: str | None = None
         self._num_timeouts = 0
 
@@ -91,7 +83,7 @@ class Producer:
                 writer.close()
                 ended.set()
 
-        starting = asyncio.create_task(self._engine.start())
+        starting = asyncio.create_task(self._start())
         self._started = starting
         server = await asyncio.start_unix_server(handle, socket_path)
         async with server:
@@ -100,6 +92,13 @@ class Producer:
             task.cancel()
         await asyncio.gather(starting, *self._tasks, return_exceptions=True)
         await self._engine.close()
+        if self._teacher is not None:
+            await self._teacher.close()
+
+    async def _start(self) -> None:
+        if self._teacher is not None:
+            await self._teacher.start()
+        await self._engine.start()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -197,18 +196,11 @@ class Producer:
             max_new_tokens=rollout.max_new_tokens,
             seed=group_seed(self._config.run.seed, ticket, prompt.id),
         )
+        version = self._books.admission.issued_at(ticket)
         try:
-            samples, generate_s, grade_s = await self._sample(f"t{ticket}", prompt, token_ids, params)
-            group = Group(
-                ticket=ticket,
-                prompt=prompt,
-                prompt_token_ids=token_ids,
-                samples=samples,
-                version_issued=self._books.admission.issued_at(ticket),
-                generate_s=generate_s,
-                grade_s=grade_s,
-            )
+            group = await self._sampling.group(ticket, prompt, token_ids, params, version)
             if (reason := self._reject(group)) is None:
+                await self._sampling.score(group)
                 self._books.finish(group)
             else:
                 self._drop(ticket, reason)
@@ -230,30 +222,6 @@ class Producer:
                 "rollout.samples_per_prompt or rollout.temperature, or set algorithm.filtered=zero."
             )
 
-    async def _sample(
-        self, request_id: str, prompt: Prompt, token_ids: list[int], params: SamplingParams
-    ) -> tuple[list[Sample], float, float]:
-        """Generate and grade one prompt's completions; returns them with the seconds of each."""
-        started = time.perf_counter()
-        with self._generating, self._trace.span("engine", request_id):
-            completions = await self._engine.generate(request_id, token_ids, params)
-        generated = time.perf_counter()
-        samples = [
-            Sample(
-                token_ids=completion.token_ids,
-                sampler_logp=completion.logp,
-                token_versions=completion.token_versions,
-                text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-                finish_reason=completion.finish_reason,
-            )
-            for completion in completions
-        ]
-        with self._grading, self._trace.span("graders", request_id):
-            grades = await self._grader.grade(prompt, [s.text for s in samples], [s.truncated for s in samples])
-        for sample, grade in zip(samples, grades, strict=True):
-            sample.grade = grade
-        return samples, generated - started, time.perf_counter() - generated
-
     async def _next_batch(self) -> wire.Batch:
         async with self._changed:
             while True:
@@ -268,7 +236,10 @@ class Producer:
         self._num_timeouts = self._grader.num_timeouts
         figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE}
         return wire.Batch(
-            groups=groups, generate_s=self._generating.take(), grade_s=self._grading.take(), figures=figures
+            groups=groups,
+            generate_s=self._sampling.generating.take(),
+            grade_s=self._sampling.grading.take(),
+            figures=figures,
         )
 
     async def _publish(self, request: wire.Publish) -> wire.Published:
@@ -303,7 +274,7 @@ class Producer:
 
         async def sample(prompt: Prompt, token_ids: list[int], index: int) -> list[Sample]:
             seeded = msgspec.structs.replace(params, seed=group_seed(config.eval.seed, index, prompt.id))
-            return (await self._sample(f"{name}{index}", prompt, token_ids, seeded))[0]
+            return (await self._sampling.samples(f"{name}{index}", prompt, token_ids, seeded))[0]
 
         result = await evaluate(
             self._eval_prompts,
@@ -314,11 +285,5 @@ class Producer:
             path=self._run_dir / f"eval-{name}.jsonl",
             on_progress=lambda done, total: self._on_progress(f"evaluate ({name})", done, total),
         )
-        self._generating.take(), self._grading.take()  # an evaluation's seconds are not a step's
+        self._sampling.generating.take(), self._sampling.grading.take()  # an evaluation's seconds are not a step's
         return result
-
-
-def group_seed(seed: int, number: int, prompt_id: str) -> int:
-    """The sampling seed of a group: the same for a run's seed, the group's number and its prompt on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{number}/{prompt_id}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -29,6 +29,8 @@ from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdat
 GENERATE = "/inference/v1/generate"
 # In flight: requests keep what they have, and their KV cache. At a boundary: those that run end first, later ones wait.
 PAUSE = {"in_flight": "/pause?mode=keep&clear_cache=false", "boundary": "/pause?mode=wait&clear_cache=true"}
+# One output a request, when it has ended, and no text: else the API server makes both for every token.
+FINAL_TOKENS = {"output_kind": 2, "detokenize": False}
 SLOWEST_LOAD = 100e6  # bytes/s, from shared storage: for so long an engine may be silent beyond its other limits
 
 
@@ -143,6 +145,7 @@ class VllmEngine:
             "seed": seed,
             "logprobs": 0,
             "stop_token_ids": list(params.stop_token_ids),
+            **FINAL_TOKENS,
         }
         # A server may still be dropping this request from the last time: a name is used once.
         self._num_sent += 1

@@ -9,7 +9,8 @@ What was learned on DeepSpeed 0.19:
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,9 @@ from fastreason_kernels import PolicyLossOutput, PolicyLossSpec
 from torch import Tensor, nn
 
 from fastreason.config import TrainConfig
+from fastreason.critic import ValueLoss
 from fastreason.packing import MicroBatch
+from fastreason.policy import policy_spec, score_batch
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
@@ -58,22 +61,8 @@ def deepspeed_config(
             "train.zero_stage=0 with model.dtype=bfloat16 runs as stage 1: DeepSpeed has no fp32 sums without it"
         )
         stage = 1
-    # DeepSpeed allocates its buckets whole, 500 million elements each unless told otherwise.
-    bucket = max(1_000_000, min(MAX_BUCKET, num_parameters // 8))
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": num_ranks,
-        "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
+    config = base_config(num_ranks, stage, num_parameters)
+    config |= {"gradient_clipping": train.max_grad_norm, "zero_allow_untested_optimizer": True}
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum.
@@ -84,64 +73,70 @@ def deepspeed_config(
     return config
 
 
-class DeepSpeedUpdater:
-    """One DeepSpeed engine around a Policy; `num_updates` is the length of the learning-rate schedule."""
+def base_config(num_ranks: int, stage: int, num_parameters: int) -> dict[str, Any]:
+    """What every engine of a run has in common, whether it trains or not."""
+    # DeepSpeed allocates its buckets whole, 500 million elements each unless told otherwise.
+    bucket = max(1_000_000, min(MAX_BUCKET, num_parameters // 8))
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": num_ranks,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
 
-    name = "deepspeed"
 
-    def __init__(self, policy: nn.Module, train: TrainConfig, dtype: str, num_updates: int) -> None:
+class Trained:
+    """One DeepSpeed engine around a module that is trained; `num_updates` is the length of the learning-rate schedule."""
+
+    def __init__(self, module: nn.Module, train: TrainConfig, dtype: str, num_updates: int) -> None:
         self._train, self._num_updates = train, num_updates
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.num_done = 0
-        device = next(policy.parameters()).device
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
+        device = next(module.parameters()).device
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
         optimizer = torch.optim.AdamW(
-            decay_groups(policy, train.weight_decay),
+            decay_groups(module, train.weight_decay),
             lr=train.lr,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
             fused=device.type in ("cpu", "cuda") and train.offload == "none",
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks, num_parameters)
+            model=module, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks, num_parameters)
         )
         self._device = device
         self._unwrapped = self.engine.optimizer is optimizer
 
-    @torch.no_grad()
-    def logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float) -> list[Tensor]:
-        # In training mode and through the update's own operator with a ratio, so that the same rows lie together in its
-        # products: those of another shape may round otherwise, and the two must agree to the last bit.
-        stand_ins = (replace(batch, behaviour_logp_N=batch.sampler_logp_N) for batch in batches)
-        return [self.engine(batch.to(self._device), spec, temperature).logp for batch in stand_ins]
-
-    def update(
-        self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
-    ) -> UpdateResult:
+    def _update(
+        self, batches: list[MicroBatch], forward: Callable[[MicroBatch], tuple[Tensor, Any]], denominator: float
+    ) -> tuple[list[Any], UpdateResult]:
+        """One optimizer update from the losses that `forward` sums over a micro-batch, with what else it returns of each."""
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outputs: list[PolicyLossOutput] = []
+        outputs: list[Any] = []
         total, norm = torch.zeros((), dtype=torch.float64), math.nan
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            output = self.engine(batch.to(self._device), spec, temperature)
+            loss_sum, output = forward(batch.to(self._device))
             # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
-            self.engine.backward(output.loss_sum * (self.num_ranks / denominator))
+            self.engine.backward(loss_sum * (self.num_ranks / denominator))
             if self._unwrapped and number == len(batches) - 1:
                 norm = self._step_unwrapped()
             else:
                 self.engine.step()
             outputs.append(output)
-            total += output.loss_sum.detach().double().cpu()
+            total += loss_sum.detach().double().cpu()
         if self.num_ranks > 1:
             dist.all_reduce(total)
         self.num_done += 1
         if not self._unwrapped:
             norm = float(self.engine.get_global_grad_norm())
-        return UpdateResult(
-            outputs=outputs, loss=float(total) / denominator, grad_norm=norm, lr=rate, applied=math.isfinite(norm)
-        )
+        finite = math.isfinite(norm)
+        loss = float(total) / denominator
+        return outputs, UpdateResult(outputs=[], loss=loss, grad_norm=norm, lr=rate, applied=finite)
 
     def skip(self) -> UpdateResult:
         rate = self._rate()
@@ -163,6 +158,42 @@ class DeepSpeedUpdater:
             self.engine.zero_grad()
         return norm
 
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(
+            str(folder), tag="state", client_state={"num_done": self.num_done}, save_latest=False
+        )
+
+    def load(self, folder: Path) -> None:
+        path, client_state = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
+        self.num_done = client_state["num_done"]
+
+
+class DeepSpeedUpdater(Trained):
+    """The policy's: implements Updater."""
+
+    name = "deepspeed"
+
+    @torch.no_grad()
+    def logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float) -> list[Tensor]:
+        # In training mode and with the update's own spec, so that they agree with the update's to the last bit.
+        found = []
+        for batch in batches:
+            same = score_batch(batch).to(self._device)
+            found.append(self.engine(same, policy_spec(batch, spec), temperature).logp)
+        return found
+
+    def update(
+        self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
+    ) -> UpdateResult:
+        def forward(batch: MicroBatch) -> tuple[Tensor, PolicyLossOutput]:
+            output = self.engine(batch, spec, temperature)
+            return output.loss_sum, output
+
+        outputs, result = self._update(batches, forward, denominator)
+        return replace(result, outputs=outputs)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()
         named = []
@@ -181,16 +212,32 @@ class DeepSpeedUpdater:
                 whole = [(name, p.detach().cpu().clone()) for name, p in bucket] if self.rank == 0 else []
             yield from whole
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(
-            str(folder), tag="state", client_state={"num_done": self.num_done}, save_latest=False
-        )
 
-    def load(self, folder: Path) -> None:
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
-        self.num_done = client_state["num_done"]
+class DeepSpeedCritic(Trained):
+    """The critic's engine: a `critic.ValueModel` with an optimizer of its own; implements critic.Values."""
+
+    @torch.no_grad()
+    def values(self, batches: list[MicroBatch]) -> list[Tensor]:
+        return [self.engine(batch.to(self._device)).float().cpu() for batch in batches]
+
+    def fit(self, batches: list[MicroBatch], loss: ValueLoss, denominator: float) -> UpdateResult:
+        def forward(batch: MicroBatch) -> tuple[Tensor, None]:
+            return loss(self.engine(batch), batch), None
+
+        return self._update(batches, forward, denominator)[1]
+
+
+def divided_scorer(
+    scorer: nn.Module, dtype: str
+) -> tuple[Any, Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]]:
+    """(engine, gather) of a model that is not trained, its weights divided among the ranks as ZeRO-3 does."""
+    num_parameters = sum(p.numel() for p in scorer.parameters())
+    config = base_config(dist.get_world_size(), 3, num_parameters)
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=scorer, config=config)
+    engine.eval()
+    return engine, lambda parameters: deepspeed.zero.GatheredParameters(list(parameters))
 
 
 def decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

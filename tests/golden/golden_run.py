@@ -1,4 +1,4 @@
-"""A small deterministic run of the real loop for each algorithm: real DeepSpeed, a tiny model, scripted rollouts.
+"""A small deterministic run of the real loop for each family: real DeepSpeed, a tiny model, scripted rollouts.
 
     python tests/golden/golden_run.py FOLDER      run every row, write FOLDER/<row>.json
     python tests/golden/golden_run.py --accept    the same into this folder: the new numbers become the expected ones
@@ -17,19 +17,38 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-ROWS = ("grpo", "reinforce")
+ADAPTIVE = {"kl_schedule": "adaptive", "kl_goal": 0.001, "kl_horizon": 20}
+# What each run is told beside the name of its row, which is its own unless told otherwise.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "grpo": {},
+    "reinforce": {},
+    "grpo_kl": {"algorithm": {"name": "grpo", "kl": "k3", "kl_coef": 0.05, **ADAPTIVE, "entropy_goal": 4.0}},
+    "raft_pp": {},
+    "gspo": {},
+    "dapo": {},
+    "remax": {},
+    "ppo": {"critic": {"lr": 1e-3}},
+    "iterative_dpo": {},
+    "kdrl": {"algorithm": {"kl_mask": "wrong", "kl_coef": 0.1}, "teacher": {"dtype": "float32"}},
+    "kdrl_exact": {"algorithm": {"name": "kdrl", "kl": "exact", "kl_coef": 0.2}, "teacher": {"dtype": "float32"}},
+}
+RESUMED = ("grpo_kl", "ppo")  # told to stop after two steps and resumed, they must end with the same weights
 STEPS, VOCABULARY = 3, 61
 
 
 def make_config(row: str, model: Path) -> Any:
     from fastreason.config import parse_config
 
+    told = ROWS[row]
+    teacher = told.get("teacher", {})
     return parse_config(
         {
             "model": {"path": str(model), "dtype": "float32"},
+            "teacher": {"path": str(model.with_name("teacher")), **teacher} if teacher else {},
+            "critic": told.get("critic", {}),
             "data": {"task": "chain_sum"},
             "rollout": {"engine": "fake", "samples_per_prompt": 4, "max_new_tokens": 9, "temperature": 0.9},
-            "algorithm": {"name": row},
+            "algorithm": {"name": row, **told.get("algorithm", {})},
             # Two updates a step: the second is off-policy. Several micro-batches: their sums are part of the promise.
             "train": {
                 "steps": STEPS,
@@ -48,8 +67,8 @@ def make_config(row: str, model: Path) -> Any:
     )
 
 
-def save_model(folder: Path) -> None:
-    """A two-layer Llama whose weights are sines: the same numbers with every version of torch."""
+def save_model(folder: Path, size: float = 0.04, phase: float = 0.0) -> None:
+    """A two-layer Llama whose weights are sines: the same with every version of torch; `size` and `phase` make another."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +91,9 @@ def save_model(folder: Path) -> None:
                 parameter.fill_(1.0)
             else:
                 index = torch.arange(parameter.numel(), dtype=torch.float64)
-                parameter.copy_((0.04 * torch.sin(index * (0.7 + 0.31 * number) + number)).reshape(parameter.shape))
+                parameter.copy_(
+                    (size * torch.sin(index * (0.7 + 0.31 * number) + number + phase)).reshape(parameter.shape)
+                )
     model.save_pretrained(folder)
 
 
@@ -118,6 +139,7 @@ class ScriptedRollouts:
             prompt_token_ids=[rng.randrange(1, VOCABULARY) for _ in range(rng.randint(3, 8))],
             samples=samples,
             version_issued=self.version,
+            greedy_reward=1.0 if ticket % 3 == 0 else -1.0,
         )
 
     def publish(self, update: Any, trained: int) -> Any:
@@ -149,41 +171,70 @@ class Lines:
         self.lines.append(metrics)
 
 
-def run(row: str, folder: Path) -> dict[str, Any]:
-    """The figures of every step, and the checksum of the last weights."""
+def make_parts(row: str, folder: Path, resume: bool) -> Any:
+    """All that the loop uses; models beside the policy come from the composition root's own functions."""
+    from types import SimpleNamespace
+
     import torch
 
+    from fastreason import companions
     from fastreason.algorithms import resolve_algorithm
     from fastreason.checkpoint import CheckpointStore
     from fastreason.config import num_updates
-    from fastreason.loop import Loop, Parts
+    from fastreason.loop import Parts
     from fastreason.policy import load_policy
     from fastreason.ranks import Ranks
     from fastreason.sync import Publisher
     from fastreason.update.deepspeed import DeepSpeedUpdater
 
-    save_model(folder / "model")
     config = make_config(row, folder / "model")
+    algorithm, device = resolve_algorithm(config), torch.device("cpu")
     policy = load_policy(folder / "model", config.model, "cpu", "sdpa", liger=False)
-    rollouts, lines = ScriptedRollouts(), Lines()
-    parts = Parts(
+    session: Any = SimpleNamespace(model_dir=str(folder / "model"), attention="sdpa", liger=False)
+    checkpoints = CheckpointStore(folder, 1, False)
+    return Parts(
         config=config,
-        algorithm=resolve_algorithm(config),
+        algorithm=algorithm,
         updater=DeepSpeedUpdater(policy, config.train, "float32", num_updates(config)),
         ranks=Ranks(),
         publisher=Publisher(folder, torch.float32),
-        checkpoints=CheckpointStore(folder, 1, False),
+        checkpoints=checkpoints,
         run_dir=folder,
         layout="shared",
         pad_token_id=0,
         stop_requested=lambda: False,
-        rollouts=rollouts,
-        metrics=lines,  # type: ignore[arg-type]
+        resume_from=checkpoints.latest() if resume else None,
+        rollouts=ScriptedRollouts(),
+        metrics=Lines(),  # type: ignore[arg-type]
+        target=companions.load_target(session, config, algorithm, device, VOCABULARY),
+        critic=companions.load_critic(session, config, device) if algorithm.critic else None,
     )
+
+
+def run(row: str, folder: Path) -> dict[str, Any]:
+    """The figures of every step, and the checksum of the last weights; that of a run resumed on the way."""
+    from fastreason.loop import Loop
+
+    save_model(folder / "model")
+    save_model(folder / "teacher", size=0.12, phase=1.5)
+    parts = make_parts(row, folder, resume=False)
     assert Loop(parts).run()
     keys = ("loss/policy", "train/grad_norm", "train/lr", "loss/entropy", "loss/clip_share", "reward/mean")
-    steps = [{"step": line["step"], **{key: line[key] for key in keys}} for line in lines.lines]
-    return {"steps": steps, "checksum": rollouts.checksum}
+    own = ("kl/", "critic/", "pairs/", "loss/entropy_coef")
+    steps = [
+        {key: line[key] for key in ("step", *keys)} | {key: line[key] for key in line if key.startswith(own)}
+        for line in parts.metrics.lines
+    ]
+    found = {"steps": steps, "checksum": parts.rollouts.checksum}
+    if row in RESUMED:
+        stopped = make_parts(row, folder, resume=False)
+        loop = Loop(stopped)
+        stopped.stop_requested = lambda: loop.step == 2
+        assert not loop.run()
+        resumed = make_parts(row, folder, resume=True)
+        assert Loop(resumed).run()
+        found["resumed"] = resumed.rollouts.checksum
+    return found
 
 
 def main(target: Path) -> None:
@@ -203,7 +254,7 @@ def main(target: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             result = run(row, Path(folder))
         if target == FOLDER:
-            del result["checksum"]  # of this machine's rounding
+            result = {"steps": result["steps"]}  # checksums are of this machine's rounding
         (target / f"{row}.json").write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.flush()
     os._exit(0)  # leftover threads of the libraries must not keep a finished process alive

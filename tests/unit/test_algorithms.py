@@ -1,20 +1,22 @@
 """The table of algorithms: what a config can change, what it cannot, and a batch's loss worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from fastreason_kernels import policy_loss
+from fastreason_kernels import PolicyLossSpec, policy_loss
 
 from fastreason.algorithms import ALGORITHMS, Algorithm, resolve_algorithm
 from fastreason.config import dump_config, parse_config
 from fastreason.errors import ConfigError
+from fastreason.kl import KlTerm
 from fastreason.packing import collate, loss_denominator, rows_of, units_of
 from fastreason.types import Grade, Group, Prompt, Sample
 
 
-def config(samples_per_prompt=2, max_staleness=1, **algorithm):
+def config(samples_per_prompt=2, max_staleness=1, teacher=None, critic=None, temperature=1.0, **algorithm):
     return parse_config(
         {
             "model": {"path": "none"},
@@ -23,11 +25,22 @@ def config(samples_per_prompt=2, max_staleness=1, **algorithm):
                 "samples_per_prompt": samples_per_prompt,
                 "max_new_tokens": 5,
                 "max_staleness": max_staleness,
+                "temperature": temperature,
             },
             "train": {"steps": 1, "prompts_per_step": 2},
             "algorithm": algorithm,
+            "teacher": teacher or {},
+            "critic": critic or {},
         }
     )
+
+
+def resolve_row(name, **algorithm):
+    """A row with what it cannot do without."""
+    return resolve_algorithm(config(name=name, teacher={"path": "t"} if name in TAUGHT else None, **algorithm))
+
+
+TAUGHT = {"kdrl", "kd_rkl"}
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest():
@@ -37,7 +50,9 @@ def test_an_unknown_name_is_an_error_with_the_nearest():
 
 
 def test_an_argument_that_the_advantage_does_not_take_is_an_error():
-    with pytest.raises(ConfigError, match=r"algorithm\.advantage\.sdt: 'grpo' has no such argument.*std, bessel, eps"):
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.advantage\.sdt: 'grpo' has no such argument.*mean, std, bessel, eps"
+    ):
         resolve_algorithm(config(name="grpo", advantage={"sdt": False}))
     with pytest.raises(ConfigError, match=r"algorithm\.advantage\.std: 'reinforce' has no such argument.*none"):
         resolve_algorithm(config(name="reinforce", advantage={"std": False}))
@@ -49,20 +64,146 @@ def test_a_group_of_one_is_refused_where_samples_are_compared():
     assert resolve_algorithm(config(samples_per_prompt=1, name="reinforce"))
 
 
-def test_a_row_without_overrides_is_as_published():
-    for name in ALGORITHMS:
-        algorithm = resolve_algorithm(config(name=name))
-        spec = algorithm.spec
-        assert (spec.ratio, spec.gate, spec.clip_low, spec.clip_high, spec.dual_clip) == (
-            "token",
-            "clip",
-            0.2,
-            0.2,
-            None,
-        )
-        assert (spec.kl, spec.entropy_coef, spec.importance) == ("none", 0.0, "none")
-        assert (algorithm.filter, algorithm.truncated) == ("none", "keep")
-        assert (algorithm.aggregation, algorithm.ratio_against) == ("token_mean", "sampler")
+# advantage of the rewards 1, -1 in one group, spec as it differs from a clip of 0.2, aggregation, filter, truncation.
+HALF = 1 / (math.sqrt(2) + 1e-6)
+PUBLISHED = {
+    "grpo": ([HALF, -HALF], {}, "token_mean", ("none", "zero"), "keep"),
+    "dr_grpo": ([1.0, -1.0], {}, "constant", ("none", "zero"), "keep"),
+    "dapo": ([HALF, -HALF], {"clip_high": 0.28}, "token_mean", ("both", "refill"), "penalise"),
+    "reinforce": ([1.0, -1.0], {}, "token_mean", ("none", "zero"), "keep"),
+    "reinforce_rej": ([1.0, -1.0], {}, "token_mean", ("both", "remove"), "keep"),
+    "raft": ([1.0, 0.0], {"ratio": "none"}, "token_mean", ("none", "zero"), "keep"),
+    "raft_pp": ([1.0, 0.0], {}, "token_mean", ("none", "zero"), "keep"),
+    "raft_pp_no_clip": ([1.0, 0.0], {"clip_low": None, "clip_high": None}, "token_mean", ("none", "zero"), "keep"),
+    "rloo": ([2.0, -2.0], {}, "token_mean", ("none", "zero"), "keep"),
+    "remax": ([0.5, -1.5], {}, "token_mean", ("none", "zero"), "keep"),
+    "reinforce_pp": ([1.0, -1.0], {}, "token_mean", ("none", "zero"), "keep"),
+    "reinforce_pp_baseline": ([1.0, -1.0], {}, "token_mean", ("none", "zero"), "keep"),
+    "gspo": (
+        [HALF, -HALF],
+        {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+        *("sequence_mean", ("none", "zero"), "keep"),
+    ),
+    "cispo": (
+        [HALF, -HALF],
+        {"gate": "cispo", "clip_low": None, "clip_high": 4.0},
+        *("token_mean", ("none", "zero"), "keep"),
+    ),
+    "sapo": ([HALF, -HALF], {"gate": "sapo"}, "sequence_mean", ("none", "zero"), "keep"),
+    "ppo": (None, {}, "token_mean", ("none", "zero"), "keep"),
+    "iterative_dpo": (None, {"ratio": "none"}, "token_mean", ("none", "zero"), "keep"),
+    "kdrl": ([HALF, -HALF], {}, "token_mean", ("none", "zero"), "keep"),
+    "kd_rkl": (None, {}, "token_mean", ("none", "zero"), "keep"),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_row_without_overrides_is_as_published(name):
+    advantage, spec, aggregation, left_out, truncated = PUBLISHED[name]
+    resolved = resolve_row(name)
+    assert resolved.spec == replace(PolicyLossSpec(clip_low=0.2, clip_high=0.2), **spec)
+    assert (resolved.aggregation, resolved.filter, resolved.filtered) == (aggregation, *left_out)
+    assert (resolved.truncated, resolved.truncation_buffer) == (truncated, 1 if name == "dapo" else 0)
+    assert (resolved.ratio_against, resolved.entropy.active) == ("sampler", False)
+    assert ALGORITHMS[name].paper.startswith("arXiv ")
+    if advantage is not None:
+        data = {"greedy_P": torch.tensor([0.5])} if resolved.greedy_baseline else {}
+        made = resolved.advantage(torch.tensor([[1.0, -1.0]]), **data)
+        assert made[0].tolist() == pytest.approx(advantage, rel=1e-6)
+
+
+def test_what_rows_need_beside_rewards():
+    needs = {
+        name: [n for n in ("greedy_baseline", "critic", "pairs") if getattr(row, n)] for name, row in ALGORITHMS.items()
+    }
+    assert {name: n for name, n in needs.items() if n} == {
+        "remax": ["greedy_baseline"],
+        "ppo": ["critic"],
+        "iterative_dpo": ["pairs"],
+    }
+    assert [name for name, row in ALGORITHMS.items() if not row.use_rewards] == ["kd_rkl"]
+    assert {name for name, row in ALGORITHMS.items() if row.kl.active} == TAUGHT
+    kdrl = ALGORITHMS["kdrl"].kl
+    assert (kdrl.estimator, kdrl.place, kdrl.target, kdrl.coef, kdrl.schedule) == (
+        *("k2", "loss", "teacher"),
+        2e-3,
+        "fixed",
+    )
+
+
+REWARDS = torch.tensor([[1.0, -1.0, 1.0, -1.0], [-1.0, -1.0, -1.0, -1.0], [1.0, 0.5, -1.0, 1.0], [1.0] * 4])
+
+
+def test_raft_pp_is_grpo_with_the_best_as_advantage():
+    """The same loss, aggregation and ratio; A = 1[r = max and r > 0] in the place of the normalised reward."""
+    raft, grpo = resolve_row("raft_pp", samples_per_prompt=4), resolve_row("grpo", samples_per_prompt=4)
+    indicator = ((REWARDS.amax(dim=1, keepdim=True) == REWARDS) & (REWARDS > 0)).float()
+    assert torch.equal(raft.advantage(REWARDS), indicator)
+    assert replace(raft, advantage=None) == replace(grpo, advantage=None)
+
+
+def test_one_update_of_grpo_without_std_is_reinforce_with_the_mean_as_baseline():
+    """At a ratio of exactly 1 the clip and the ratio have the gradient of -(r - mean) log pi."""
+    grpo = resolve_row("grpo", advantage={"std": False})
+    logp = torch.linspace(-3, -0.1, 16, dtype=torch.float64, requires_grad=True)
+    advantages = grpo.advantage(REWARDS.double()).flatten()
+    (gradient,) = torch.autograd.grad(policy_loss(logp, None, advantages, grpo.spec).loss_sum, logp)
+    baseline = (REWARDS.double() - REWARDS.double().mean(dim=1, keepdim=True)).flatten()
+    torch.testing.assert_close(gradient, -baseline, rtol=1e-14, atol=1e-15)
+
+
+def test_dapo_with_equal_clips_and_no_shaping_is_grpo_with_the_token_mean():
+    plain = resolve_row("dapo", clip_high=0.2, filter="none", truncated="keep")
+    grpo = resolve_row("grpo", aggregation="token_mean")
+    assert torch.equal(plain.advantage(REWARDS), grpo.advantage(REWARDS))
+    same = {"advantage": None, "filtered": "zero", "truncation_buffer": 0}
+    assert replace(plain, **same) == replace(grpo, **same)
+
+
+def test_dapos_buffer_is_a_share_of_the_longest_response():
+    assert resolve_row("dapo").truncation_buffer == 1  # 0.2 of 5 tokens; 4096 of 20480 in the paper
+    assert resolve_row("dapo", truncation_buffer=3).truncation_buffer == 3
+    assert resolve_row("dapo", truncation_buffer=0).truncation_buffer == 0
+
+
+def test_a_beta_of_zero_is_grpo():
+    zero, grpo = resolve_row("kdrl", kl_coef=0.0), resolve_row("grpo")
+    assert zero.spec_at(0, zero.initial_state()) == grpo.spec_at(0, grpo.initial_state()) == grpo.spec
+    assert torch.equal(zero.advantage(REWARDS), grpo.advantage(REWARDS))
+    assert not zero.needs_teacher and zero.zero_advantage_is_zero_gradient
+
+
+def test_the_annealed_coefficient_reaches_the_spec():
+    resolved = resolve_row("kdrl", kl_coef=5e-3, kl_schedule="annealed", kl_anneal=5e-5, kl_floor=1e-3)
+    specs = [resolved.spec_at(step, resolved.initial_state()) for step in (0, 20, 1000)]
+    assert [spec.kl_coef for spec in specs] == pytest.approx([5e-3, 4e-3, 1e-3])
+    assert {spec.kl for spec in specs} == {"k2"} and resolved.spec.kl == "none"
+
+
+def test_kl_keys_reach_the_term():
+    keys = {
+        "kl": "k3",
+        "kl_coef": 0.1,
+        "kl_target": "reference",
+        "kl_mask": "wrong_group",
+        "kl_mask_mean": "kept",
+        "kl_schedule": "adaptive",
+        "kl_goal": 0.2,
+        "kl_horizon": 50.0,
+    }
+    term = resolve_algorithm(config(**keys)).kl
+    assert term == KlTerm(
+        "k3", "loss", "reference", 0.1, "adaptive", goal=0.2, horizon=50.0, mask="wrong_group", mask_mean="kept"
+    )
+    assert resolve_row("kdrl", kl="top_k", kl_top_k=8).kl.top_k == 8
+    assert resolve_row("kdrl", kl="k1", kl_place="advantage").kl.target == "teacher"
+
+
+def test_ratio_and_gate_may_be_overridden():
+    spec = resolve_algorithm(config(gate="sapo", sapo_tau_neg=1.2)).spec
+    assert (spec.gate, spec.sapo_tau_pos, spec.sapo_tau_neg) == ("sapo", 1.0, 1.2)
+    assert resolve_algorithm(config(ratio="sequence", clip_low=1e-3, clip_high=1e-3)).spec.ratio == "sequence"
+    assert resolve_algorithm(config(ratio="none")).spec.ratio == "none"
 
 
 def test_overrides_reach_the_spec_and_the_advantage():
@@ -163,6 +304,97 @@ def test_a_row_has_defaults_that_a_config_overrides(monkeypatch):
             {"truncation_buffer": 6, "truncated": "penalise"},
             r"algorithm\.truncation_buffer=6 is more than rollout\.max_new_tokens=5",
         ),
+        ({"gate": "cispo", "ratio": "none"}, r"algorithm\.gate: got 'cispo', allowed: clip when ratio is 'none'"),
+        ({"name": "raft", "clip_high": 0.28}, r"algorithm\.clip_high=0\.28: has no effect without a ratio"),
+        ({"name": "sapo", "clip_low": 0.1}, r"algorithm\.clip_low=0\.1: has no effect without.*other than sapo"),
+        ({"sapo_tau_pos": 2.0}, r"algorithm\.sapo_tau_pos=2\.0: has no effect without algorithm\.gate=sapo"),
+        (
+            {"name": "raft", "ratio_against": "trainer"},
+            r"algorithm\.ratio_against=trainer: has no effect without a ratio",
+        ),
+        ({"entropy_step": 0.1}, r"algorithm\.entropy_step=0\.1: has no effect without algorithm\.entropy_goal"),
+        ({"kl_coef": 0.1}, r"algorithm\.kl_coef=0\.1: has no effect without algorithm\.kl other than none"),
+        ({"kl_top_k": 8}, r"algorithm\.kl_top_k=8: has no effect without algorithm\.kl other than none"),
+        ({"kl": "k2"}, r"algorithm\.kl_coef: missing; algorithm\.kl=k2 needs a coefficient"),
+        (
+            {"kl": "k2", "kl_coef": 0.1, "kl_top_k": 8},
+            r"algorithm\.kl_top_k=8: has no effect without algorithm\.kl=top_k",
+        ),
+        (
+            {"kl": "k2", "kl_coef": 0.1, "kl_floor": 0.1},
+            r"algorithm\.kl_floor=0\.1: .*without algorithm\.kl_schedule=annealed",
+        ),
+        (
+            {"kl": "k2", "kl_coef": 0.1, "kl_goal": 0.1},
+            r"algorithm\.kl_goal=0\.1: .*without algorithm\.kl_schedule=adaptive",
+        ),
+        (
+            {"kl": "k2", "kl_coef": 0.1, "kl_mask_mean": "kept"},
+            r"kl_mask_mean=kept: .*without algorithm\.kl_mask other",
+        ),
+        ({"kl": "k2", "kl_coef": 0.1, "kl_schedule": "annealed"}, r"algorithm\.kl_anneal: missing"),
+        (
+            {"kl": "k2", "kl_coef": 0.1, "kl_schedule": "annealed", "kl_anneal": 0.01, "kl_floor": 0.2},
+            r"algorithm\.kl_floor=0\.2 is above algorithm\.kl_coef=0\.1",
+        ),
+        ({"kl": "k2", "kl_coef": 0.1, "kl_schedule": "adaptive"}, r"algorithm\.kl_goal=None with .*adaptive"),
+        (
+            {"kl": "k2", "kl_coef": 0.0, "kl_schedule": "adaptive", "kl_goal": 0.1},
+            r"algorithm\.kl_coef=0\.0 with .*adaptive.*Set algorithm\.kl_coef to a number above 0",
+        ),
+        (
+            {"kl": "k1", "kl_coef": 0.1},
+            r"algorithm\.kl=k1 with algorithm\.kl_place=loss: .*zero in expectation.*Use algorithm\.kl=k2",
+        ),
+        (
+            {"name": "kdrl", "kl": "k1", "teacher": {"path": "t"}},
+            r"algorithm\.kl=k1 with algorithm\.kl_place=loss: .*the target drops out",
+        ),
+        ({"kl": "exact", "kl_coef": 0.1, "kl_place": "advantage"}, r"algorithm\.kl=exact with .*kl_place=advantage"),
+        ({"kl": "top_k", "kl_coef": 0.1, "kl_place": "reward"}, r"algorithm\.kl=top_k with .*kl_place=reward"),
+        (
+            {"name": "gspo", "kl": "k1", "kl_coef": 0.1, "kl_place": "advantage"},
+            r"algorithm\.kl=k1 with algorithm\.kl_place=advantage: a ratio of whole sequences",
+        ),
+        (
+            {"kl": "k1", "kl_coef": 0.1, "kl_place": "reward", "kl_mask": "wrong"},
+            r"algorithm\.kl_mask=wrong with algorithm\.kl_place=reward",
+        ),
+        ({"use_rewards": False}, r"algorithm\.use_rewards=false with algorithm\.name=grpo.*nothing else would train"),
+        (
+            {"use_rewards": False, "kl": "k1", "kl_coef": 0.1, "kl_place": "reward"},
+            r"algorithm\.use_rewards=false with .*kl_place=reward",
+        ),
+        (
+            {"use_rewards": False, "kl": "k2", "kl_coef": 0.1, "advantage": {"std": False}},
+            r"algorithm\.advantage=.*has no effect with algorithm\.use_rewards=false",
+        ),
+        ({"name": "kd_rkl", "kl_coef": 0.0, "teacher": {"path": "t"}}, r"algorithm\.use_rewards=false .*nothing else"),
+        ({"name": "iterative_dpo", "kl": "k2", "kl_coef": 0.1}, r"algorithm\.kl=k2 with algorithm\.name=iterative_dpo"),
+        (
+            {"name": "iterative_dpo", "aggregation": "constant"},
+            r"algorithm\.aggregation=constant with .*mean over pairs",
+        ),
+        ({"name": "ppo", "ratio": "sequence"}, r"algorithm\.ratio=sequence with algorithm\.name=ppo"),
+        ({"name": "kdrl"}, r"teacher\.path: missing; algorithm\.name=kdrl has algorithm\.kl_target=teacher"),
+        ({"kl": "k2", "kl_coef": 0.1, "kl_target": "teacher"}, r"teacher\.path: missing"),
+        ({"teacher": {"path": "t"}}, r"teacher\.path=t: has no effect without algorithm\.kl_target=teacher"),
+        ({"teacher": {"dtype": "float32"}}, r"teacher\.dtype=float32: has no effect"),
+        (
+            {"name": "kdrl", "teacher": {"path": "t", "url": "http://x"}},
+            r"teacher\.url=http://x: has no effect without teacher\.where=server",
+        ),
+        ({"name": "kdrl", "teacher": {"path": "t", "where": "server"}}, r"teacher\.url: missing"),
+        (
+            {"name": "kdrl", "teacher": {"path": "t", "where": "server", "url": "u"}, "temperature": 0.9},
+            r"rollout\.temperature=0\.9 with teacher\.where=server",
+        ),
+        (
+            {"name": "kdrl", "kl": "exact", "teacher": {"path": "t", "where": "server", "url": "u"}},
+            r"algorithm\.kl=exact with teacher\.where=server",
+        ),
+        ({"critic": {"lr": 1e-4}}, r"critic\.lr=0\.0001: has no effect without an algorithm with a critic"),
+        ({"critic": {"value_clip": None}}, r"critic\.value_clip=None: has no effect"),
         (
             {"name": "reinforce", "filter": "both", "samples_per_prompt": 1},
             r"algorithm\.filter=both with rollout\.samples_per_prompt=1: every group of one response is left out",
@@ -179,6 +411,10 @@ def test_a_resolved_config_resolves_again():
     dumped = parse_config(yaml.safe_load(dump_config(config(filter="both", filtered="refill", truncated="penalise"))))
     assert resolve_algorithm(dumped).filtered == "refill"
     assert resolve_algorithm(parse_config(yaml.safe_load(dump_config(config())))).filter == "none"
+    for name in ALGORITHMS:
+        made = config(name=name, teacher={"path": "t"} if name in TAUGHT else None)
+        again = resolve_algorithm(parse_config(yaml.safe_load(dump_config(made))))
+        assert replace(again, advantage=None) == replace(resolve_algorithm(made), advantage=None)
 
 
 def test_the_default_advantage_is_that_of_the_row():
@@ -188,9 +424,22 @@ def test_the_default_advantage_is_that_of_the_row():
     assert resolve_algorithm(config(name="reinforce")).advantage(rewards).tolist() == [[1.0, 0.0]]
 
 
-@pytest.mark.parametrize(("entropy", "zero"), [(None, True), (0.0, True), (0.01, False)])
-def test_rows_without_advantage_are_left_out_only_where_nothing_else_moves_them(entropy, zero):
-    assert resolve_algorithm(config(name="grpo", entropy_coef=entropy)).zero_advantage_is_zero_gradient is zero
+@pytest.mark.parametrize(
+    ("keys", "zero"),
+    [
+        ({}, True),
+        ({"entropy_coef": 0.0}, True),
+        ({"entropy_coef": 0.01}, False),
+        ({"entropy_goal": 0.2}, False),
+        ({"kl": "k2", "kl_coef": 0.0}, True),
+        ({"kl": "k2", "kl_coef": 0.1}, False),
+        ({"kl": "exact", "kl_coef": 0.1}, False),
+        ({"kl": "k1", "kl_coef": 0.1, "kl_place": "advantage"}, False),
+        ({"kl": "k1", "kl_coef": 0.1, "kl_place": "reward"}, True),
+    ],
+)
+def test_rows_without_advantage_are_left_out_only_where_nothing_else_moves_them(keys, zero):
+    assert resolve_algorithm(config(name="grpo", **keys)).zero_advantage_is_zero_gradient is zero
 
 
 # A batch of two prompts with two answers each, all of it by hand.
@@ -280,3 +529,31 @@ def test_grpo_with_std_by_hand():
     first, second = 1 / (math.sqrt(0.5) + 1e-6), 1 / (math.sqrt(4.5) + 1e-6)
     total = first * (sum(ANSWERS[0]) + sum(ANSWERS[1])) + second * (sum(ANSWERS[2]) + sum(ANSWERS[3]))
     assert loss_of_the_batch(name="grpo") == pytest.approx(-total / 8, rel=1e-5)
+
+
+def test_dr_grpos_constant_is_the_longest_response():
+    """Every token weighs 1 / (rows * max_new_tokens), however long its response is; no deviation."""
+    assert loss_of_the_batch(name="dr_grpo") == pytest.approx(-sum(map(sum, ANSWERS)) / (4 * 5), rel=1e-6)
+
+
+def test_raft_by_hand():
+    # Two responses are the best of their groups, with rewards of 1 and 3: -log pi of their four tokens, over all eight.
+    assert loss_of_the_batch(name="raft") == pytest.approx((1 + 2 + 1.5 + 0.7) / 8, rel=1e-6)
+    assert loss_of_the_batch(name="raft_pp") == pytest.approx(-(0.95 + 1.2 + 0.7 + 1.0) / 8, rel=1e-6)
+    assert loss_of_the_batch(name="raft_pp_no_clip") == pytest.approx(-(0.95 + 1.5 + 0.7 + 1.0) / 8, rel=1e-6)
+
+
+def test_rloo_by_hand():
+    # n / (n - 1) = 2 times what grpo without std has.
+    assert loss_of_the_batch(name="rloo") == pytest.approx(2 * -sum(map(sum, ANSWERS)) / 8, rel=1e-6)
+
+
+def test_cispo_by_hand():
+    # -min(rho, 5) A log pi, the ratio detached; A as in grpo without std.
+    terms = [
+        0.5 * (0.95 * -1.0 + 1.5 * -2.0),
+        -0.5 * (0.9 * -0.5),
+        -1.5 * (0.5 * -3.0 + 1.0 * -1.0 + 1.3 * -2.0),
+        1.5 * (0.7 * -1.5 + 1.0 * -0.7),
+    ]
+    assert loss_of_the_batch(name="cispo", advantage={"std": False}) == pytest.approx(-sum(terms) / 8, rel=1e-6)

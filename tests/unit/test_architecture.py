@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
-PURE = {"advantages", "filtering", "losses", "packing", "rewards"}
+PURE = {"advantages", "filtering", "gae", "kl", "losses", "packing", "rewards"}
 PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
 PLUMBING |= {"processes", "session", "patience", "beats"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
+PARTS |= {"credit", "critic", "frozen"}
 PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report", "training"}
 EVERYTHING = {""}
 
@@ -48,19 +49,24 @@ ALLOWED = {
     "machine": FOUNDATION,
     "doctor": FOUNDATION | {"machine", "probes"},
     **dict.fromkeys(PURE, {"types", "errors", "config", "sections"} | PURE),
-    "algorithms": MEANING,
+    "algorithms": MEANING | {"algorithm_checks"},
+    "algorithm_checks": MEANING | {"algorithms"},
     "data": MEANING,
     "policy": MEANING,
     "checkpoint": FOUNDATION | PLUMBING,
     "rollout": MEANING | PLUMBING | {"data"},
-    "update": MEANING | PLUMBING | {"policy"},
+    "vocabulary": FOUNDATION,
+    "credit": MEANING | PLUMBING,
+    "frozen": MEANING | PLUMBING | {"policy"},
+    "critic": MEANING | PLUMBING | {"policy", "update"},
+    "update": MEANING | PLUMBING | {"policy", "critic"},
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
-    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose"), EVERYTHING),
+    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose"}
+CHOOSERS = {"cli", "preflight", "launch", "compose", "companions"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from fastreason_kernels import PolicyLossOutput, PolicyLossSpec
 
-from fastreason.figures import TokenTotals, effective_share, rollout_figures
+from fastreason.advantages import Pairs
+from fastreason.figures import TokenTotals, effective_share, pair_figures, rollout_figures
 from fastreason.packing import Row, collate
 from fastreason.rollout.evaluation import summarise
 from fastreason.training import update_figures
@@ -92,7 +93,7 @@ def totals_of(*additions, spec=PolicyLossSpec()):  # noqa: B008
     totals = TokenTotals(spec)
     for addition in additions:
         totals.add(*addition)
-    return TokenTotals.figures(*totals.packed())
+    return totals.figures(*totals.packed())
 
 
 def test_token_figures_over_two_micro_batches():
@@ -196,6 +197,39 @@ def test_fillers_and_tokens_that_were_not_computed_count_nothing():
     assert totals_of(partly) == totals_of(counted)
 
 
+def test_the_distance_to_another_model():
+    """r = ref - logp is 0.5 and -0.5 in the first micro-batch, 1 in the second; a filler and tokens not computed are out."""
+    first, second, filler = micro_batch([-1.0, -2.0]), micro_batch([-3.0]), micro_batch([-9.0], weight=0.0)
+    first.ref_logp_N, second.ref_logp_N = torch.tensor([-0.5, -3.0]), torch.tensor([-1.0])
+    filler.ref_logp_N = torch.tensor([0.0])
+    totals = TokenTotals(PolicyLossSpec(), "teacher")
+    totals.add(first, output([-1.0, -2.5], [0.0] * 2, [0.0] * 2, [1.0] * 2, [False] * 2), True)
+    totals.add(second, output([-2.0], [0.0], [0.0], [1.0], [False]), False)
+    totals.add(filler, output([-1.0], [0.0], [0.0], [1.0], [False]), False)
+    figures = totals.figures(*totals.packed())
+    r = [0.5, -0.5, 1.0]
+    assert figures["kl/teacher"] == pytest.approx(sum(math.exp(x) - 1 - x for x in r) / 3, rel=1e-5)
+    assert figures["kl/teacher_k1"] == pytest.approx(-sum(r) / 3, rel=1e-5)
+    assert not any(key.startswith("kl/") for key in totals_of())
+
+
+def test_an_exact_divergence_is_its_own_distance():
+    """A mean over the tokens that the term acts on: here the first and the third."""
+    batch = micro_batch([-1.0, -1.0, -1.0])
+    batch.divergence, batch.kl_weight_N = object(), torch.tensor([1.0, 0.0, 1.0])
+    totals = TokenTotals(PolicyLossSpec())
+    totals.add(batch, output([-1.0] * 3, [0.0] * 3, [0.25, 0.0, 0.5], [1.0] * 3, [False] * 3), True)
+    assert totals.figures(*totals.packed())["kl/reference"] == pytest.approx(0.375)
+
+
+def test_pairs_are_averaged_over_all_of_a_step():
+    none = torch.zeros(1, 2)
+    figures = pair_figures(
+        [Pairs(none, 3, 0.5, 1.0, 0.2), Pairs(none, 1, 0.9, 0.0, -0.2), Pairs(none, 0, 0.0, 0.0, 0.0)]
+    )
+    assert figures == pytest.approx({"pairs/num": 4.0, "pairs/loss": 0.6, "pairs/accuracy": 0.75, "pairs/margin": 0.1})
+
+
 def test_a_step_without_a_token_is_all_zeros():
     assert set(totals_of().values()) == {0.0}
 
@@ -211,7 +245,7 @@ def test_ranks_add_up():
         ranks.append(totals.packed())
     sums = [a + b for a, b in zip(ranks[0][0], ranks[1][0], strict=True)]
     maxima = [max(a, b) for a, b in zip(ranks[0][1], ranks[1][1], strict=True)]
-    assert TokenTotals.figures(sums, maxima) == pytest.approx(totals_of(first, second))
+    assert totals.figures(sums, maxima) == pytest.approx(totals_of(first, second))
 
 
 def test_update_figures_are_means_and_count_what_was_skipped():

@@ -8,6 +8,7 @@ import torch
 from fastreason_kernels import PolicyLossSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastreason.kl import CoefficientState, KlTerm
 from fastreason.packing import (
     Row,
     collate,
@@ -290,7 +291,13 @@ def step_for(layout, rank, num_ranks, budget=30, skip=True, zero_is_zero=True):
     train_config = SimpleNamespace(skip_zero_advantage=skip, micro_batch_tokens=budget)
     return TrainingStep(
         config=SimpleNamespace(train=train_config),
-        algorithm=SimpleNamespace(zero_advantage_is_zero_gradient=zero_is_zero),
+        algorithm=SimpleNamespace(
+            zero_advantage_is_zero_gradient=zero_is_zero,
+            initial_state=CoefficientState,
+            critic=False,
+            pairs=False,
+            kl=KlTerm(),
+        ),
         updater=None,
         ranks=SimpleNamespace(rank=rank, num=num_ranks),
         layout=layout,

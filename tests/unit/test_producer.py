@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ from fastreason.rollout import wire
 from fastreason.rollout.books import Books
 from fastreason.rollout.client import ProducerClient
 from fastreason.rollout.fake import FakeEngine
-from fastreason.rollout.producer import Producer, group_seed
+from fastreason.rollout.producer import Producer
+from fastreason.rollout.sampling import group_seed
 from fastreason.rollout.spool import decode_state
 from fastreason.types import Grade, Prompt, WeightUpdate
 
@@ -209,6 +211,86 @@ def test_groups_carry_what_was_sampled_and_how_it_was_graded():
         assert len(sample.sampler_logp) == len(sample.token_versions) == num
         assert sample.grade == Grade(reward=float(num), correct=num % 2 == 0)
     assert batch.figures["reward/timeouts"] == 2 and batch.figures["rollout/long_prompts"] == 0
+
+
+def test_a_greedy_response_more_gives_its_reward_alone():
+    """Asked at temperature 0, graded, and not among the samples."""
+    asked = []
+
+    def watch(run):
+        generate = run.engine.generate
+
+        async def note(request_id, prompt_token_ids, params):
+            asked.append((request_id, params.n, params.temperature))
+            (first, *rest) = await generate(request_id, prompt_token_ids, params)
+            if params.temperature:
+                return [first, *rest]
+            return [msgspec.structs.replace(first, token_ids=[5] * 4, logp=[0.0] * 4, token_versions=[0] * 4)]
+
+        run.engine.generate = note
+
+    with running(make_config(staleness=0), prepare=watch, greedy=True) as run:
+        run.client.start(0, 0, None)
+        batch = run.client.next_batch()
+    assert sorted(asked) == [("t0", 2, 1.0), ("t0greedy", 1, 0.0), ("t1", 2, 1.0), ("t1greedy", 1, 0.0)]
+    assert [group.greedy_reward for group in batch.groups] == [4.0, 4.0]
+    assert [len(group.samples) for group in batch.groups] == [2, 2]
+
+
+def test_no_greedy_response_is_asked_for_where_none_is_wanted():
+    with running(make_config(staleness=0)) as run:
+        run.client.start(0, 0, None)
+        batch = run.client.next_batch()
+    assert run.engine.asked == ["t0", "t1"]
+    assert [group.greedy_reward for group in batch.groups] == [None, None]
+
+
+class Teacher:
+    """Says -(position in the sequence) of each response token; fails for the prompts that it is told."""
+
+    def __init__(self, failing=()):
+        self.failing, self.asked, self.open = failing, [], False
+
+    async def start(self):
+        self.open = True
+
+    async def score(self, prompt_token_ids, token_ids):
+        self.asked.append((list(prompt_token_ids), list(token_ids)))
+        if prompt_token_ids in self.failing:
+            raise EngineError("teacher at http://t: it is gone")
+        return [-float(len(prompt_token_ids) + place) for place in range(len(token_ids))]
+
+    async def close(self):
+        self.open = False
+
+
+def test_a_teacher_scores_what_is_trained_on_and_only_that():
+    teacher = Teacher()
+
+    def reject(group):
+        return "constant" if group.ticket == 0 else None
+
+    with running(make_config(staleness=0), teacher=teacher, reject=reject) as run:
+        run.client.start(0, 0, None)
+        batch = run.client.next_batch()
+        assert teacher.open
+    assert not teacher.open
+    assert tickets(batch) == [1, 2]
+    for group in batch.groups:
+        for sample in group.samples:
+            first = len(group.prompt_token_ids)
+            assert sample.teacher_logp == [-float(first + place) for place in range(len(sample.token_ids))]
+            assert (group.prompt_token_ids, sample.token_ids) in teacher.asked
+    assert len(teacher.asked) == 4
+
+
+def test_a_teacher_that_is_gone_is_the_reason_that_is_told():
+    with (
+        running(make_config(staleness=0), teacher=Teacher(failing=[render(Prompt(id="p1", text=""))])) as run,
+        pytest.raises(EngineError, match="teacher at http://t: it is gone"),
+    ):
+        run.client.start(0, 0, None)
+        run.client.next_batch()
 
 
 def test_the_double_buffer_generates_the_next_batch_during_the_update():

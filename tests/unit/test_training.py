@@ -1,5 +1,6 @@
 """The training step with a stand-in for the updater: which rows an update has, what divides its loss, what is counted."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from fastreason_kernels import PolicyLossOutput
 
 from fastreason.algorithms import resolve_algorithm
 from fastreason.config import parse_config
+from fastreason.critic import Critic
+from fastreason.errors import DataError
 from fastreason.training import TrainingStep
 from fastreason.types import Grade, Group, Prompt, Sample
 from fastreason.update.updater import UpdateResult
@@ -17,13 +20,14 @@ class Updater:
     """Keeps what it was asked for; every log-probability is -1."""
 
     def __init__(self):
-        self.updates, self.num_skipped = [], 0
+        self.updates, self.specs, self.num_skipped = [], [], 0
 
     def logprobs(self, batches, spec, temperature):
         return [torch.full_like(batch.sampler_logp_N, -7.0) for batch in batches]
 
     def update(self, batches, spec, temperature, denominator):
         self.updates.append((batches, denominator))
+        self.specs.append(spec)
         return UpdateResult([output_of(batch) for batch in batches], 0.5, 1.0, 1e-3, True)
 
     def skip(self):
@@ -53,7 +57,14 @@ def group(ticket, *samples):
     return Group(ticket=ticket, prompt=prompt, prompt_token_ids=[50 + ticket], samples=list(samples), version_issued=0)
 
 
-def make_step(updater, *, rank=0, num_ranks=1, prompts=3, **sections):
+class Target:
+    """A frozen model: the log-probability of token i is -i / 4, that of the policy -7 before an update."""
+
+    def logprobs(self, batches, spec, temperature):
+        return [-batch.ids_N / 4 for batch in batches]
+
+
+def make_step(updater, *, rank=0, num_ranks=1, prompts=3, target=None, critic=None, silent=frozenset(), **sections):
     raw = {
         "model": {"path": "none"},
         "data": {"task": "chain_sum"},
@@ -65,7 +76,7 @@ def make_step(updater, *, rank=0, num_ranks=1, prompts=3, **sections):
         raw[name] = {**raw.get(name, {}), **keys}
     config = parse_config(raw)
     ranks = SimpleNamespace(rank=rank, num=num_ranks, sum=lambda v: v, max=lambda v: v)
-    return TrainingStep(config, resolve_algorithm(config), updater, ranks, "padded", 0)
+    return TrainingStep(config, resolve_algorithm(config), updater, ranks, "padded", 0, target, critic, silent)
 
 
 def groups():
@@ -86,7 +97,8 @@ def rows(updater):
             for row in range(batch.num_rows):
                 tokens = batch.sequence_N == row
                 prompt = int(batch.input_ids_BL[row, 0]) - 50
-                (advantage,) = set(batch.advantages_N[tokens].tolist())
+                advantage = batch.advantages_N[tokens].tolist()
+                advantage = advantage[0] if len(set(advantage)) == 1 else advantage
                 (weight,) = set(batch.token_weight_N[tokens].tolist())
                 members[prompt, int(tokens.sum())] = (advantage, weight)
         found.append((members, denominator))
@@ -137,11 +149,13 @@ def test_what_is_left_out_and_what_divides(case, aggregation, skip):
     assert {key: figures[key] for key in counts} == counts
 
 
-def test_rows_at_zero_weigh_nothing_in_any_term():
-    """An entropy bonus would move rows without an advantage too: those of filtered groups are left out of it."""
-    keys = {"filter": "both", "filtered": "zero", "entropy_coef": 0.1}
-    ((members, denominator),), _ = train(algorithm=keys)
-    assert set(members) == {(1, 3), (1, 8)} and denominator == 19
+@pytest.mark.parametrize("term", [{"entropy_coef": 0.1}, {"kl": "k3", "kl_coef": 0.1}])
+def test_filtered_groups_at_zero_keep_the_terms_beside_the_advantage(term):
+    """Removed for good, or without an advantage: what moves those rows then is KL or entropy."""
+    keys = {"filter": "both", "filtered": "zero", **term}
+    ((members, denominator),), _ = train(algorithm=keys, target=Target())
+    assert members == {key: (a if key[0] == 1 else 0.0, 1.0) for key, a in ALL.items()}
+    assert denominator == 19
 
 
 def test_a_masked_response_still_counts_in_the_mean_of_its_group():
@@ -230,3 +244,183 @@ def test_importance_weights_are_logged_as_the_loss_applies_them():
     assert figures["mismatch/weight_mean"] == pytest.approx(0.0040868, rel=1e-4)
     # The ratio itself is measured at the first update, against what the trainer says there.
     assert figures["mismatch/ratio_mean"] == pytest.approx(1.6487, rel=1e-4)
+
+
+K1 = {"kl": "k1", "kl_place": "advantage", "kl_coef": 0.1}
+
+
+def token_advantages(updater):
+    """{(prompt, length of the response): advantages of its tokens} of a single update."""
+    ((members, _),) = rows(updater)
+    return {k: a if isinstance(a, list) else [a] * k[1] for k, (a, _) in members.items()}
+
+
+def gap(token):
+    """log target - log policy of a token."""
+    return -token / 4 + 7
+
+
+def test_k1_goes_into_the_advantage_of_each_token():
+    updater = Updater()
+    make_step(updater, algorithm=K1, target=Target())(groups())
+    for (prompt, length), found in token_advantages(updater).items():
+        expected = [ALL[prompt, length] + 0.1 * gap(token) for token in range(1, length + 1)]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_without_an_advantage_of_their_own_get_that_of_the_kl():
+    updater = Updater()
+    make_step(updater, algorithm={"name": "grpo", **K1}, target=Target())(groups())
+    assert token_advantages(updater)[2, 2] == pytest.approx([0.1 * gap(1), 0.1 * gap(2)], rel=1e-5)
+
+
+def test_a_kl_in_the_reward_is_there_before_advantages_are_made():
+    updater = Updater()
+    keys = {"name": "grpo", "advantage": {"std": False}, "kl": "k1", "kl_place": "reward", "kl_coef": 0.1}
+    make_step(updater, algorithm=keys, target=Target())(groups())
+    costs = [-0.1 * sum(gap(token) for token in range(1, length + 1)) for length in (2, 3)]
+    found = token_advantages(updater)
+    # Both right: without the term they would have no advantage, and no row.
+    assert found[0, 2][0] == pytest.approx((costs[1] - costs[0]) / 2, rel=1e-4)
+    assert found[0, 3][0] == pytest.approx((costs[0] - costs[1]) / 2, rel=1e-4)
+
+
+def test_a_mask_of_right_responses_and_of_ends_that_differ():
+    updater = Updater()
+    keys = {**K1, "kl_mask": "wrong"}
+    make_step(updater, algorithm=keys, target=Target(), silent=frozenset({2, 5}))(groups())
+    found = token_advantages(updater)
+    assert found[0, 3] == [1.0, 1.0, 1.0]
+    expected = [-1 + (0.0 if token in (2, 5) else 0.1 * gap(token)) for token in range(1, 9)]
+    assert found[1, 8] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "mean", "weight", "kept"),
+    [
+        ("wrong", "all", 1.0, {(1, 8), (2, 1), (2, 2)}),
+        ("wrong", "kept", 19 / 11, {(1, 8), (2, 1), (2, 2)}),
+        ("wrong_group", "kept", 19 / 3, {(2, 1), (2, 2)}),
+    ],
+)
+def test_a_mask_of_a_kl_in_the_loss(mask, mean, weight, kept):
+    """Which tokens it acts on, and what its coefficient becomes where it is a mean over those."""
+    updater = Updater()
+    keys = {"kl": "k2", "kl_coef": 0.5, "kl_mask": mask, "kl_mask_mean": mean}
+    make_step(updater, algorithm=keys, target=Target())(groups())
+    assert updater.specs[0].kl == "k2" and updater.specs[0].kl_coef == pytest.approx(0.5 * weight)
+    acted = set()
+    for batch in updater.updates[0][0]:
+        for row in range(batch.num_rows):
+            tokens = batch.sequence_N == row
+            (weight,) = set(batch.kl_weight_N[tokens].tolist())
+            if weight:
+                acted.add((int(batch.input_ids_BL[row, 0]) - 50, int(tokens.sum())))
+    assert acted == kept
+
+
+def test_a_greedy_response_is_the_baseline():
+    batch, updater = groups(), Updater()
+    for group, reward in zip(batch, (1.0, -1.0, 0.5), strict=True):
+        group.greedy_reward = reward
+    make_step(updater, algorithm={"name": "remax"})(batch)
+    assert {key: a[0] for key, a in token_advantages(updater).items()} == {
+        (1, 3): 2.0,
+        (2, 1): -1.5,
+        (2, 2): -1.5,
+    }
+
+
+def test_groups_without_what_the_algorithm_compares_with_are_refused():
+    with pytest.raises(DataError, match=r"\[0, 1, 2\] have no greedy response, which algorithm\.name=remax"):
+        make_step(Updater(), algorithm={"name": "remax"})(groups())
+    teacher = {"path": "t", "where": "server", "url": "http://t"}
+    with pytest.raises(DataError, match="hold no log-probabilities of a teacher"):
+        make_step(Updater(), algorithm={"name": "kdrl"}, teacher=teacher)(groups())
+
+
+def test_a_servers_log_probabilities_come_with_the_groups():
+    batch, updater = groups(), Updater()
+    for each in batch:
+        for sample in each.samples:
+            sample.teacher_logp = [-token / 4 for token in sample.token_ids]
+    teacher = {"path": "t", "where": "server", "url": "http://t"}
+    figures = make_step(updater, algorithm={"name": "kdrl"}, teacher=teacher)(batch)
+    for each in updater.updates[0][0]:
+        assert torch.equal(each.ref_logp_N, -each.ids_N / 4)
+    # The policy's is -1 at an update: r = 1 - token / 4.
+    tokens = [token for each in batch for sample in each.samples for token in sample.token_ids]
+    assert figures["kl/teacher_k1"] == pytest.approx(-sum(1 - token / 4 for token in tokens) / 19)
+    assert figures["kl/coef"] == 2e-3
+
+
+def test_pairs_are_divided_by_their_number_at_the_weights_of_the_update():
+    """Group 1 is the only one with a better and a worse response; the policy says -7 a token, the reference -i / 4."""
+    updater = Updater()
+    step = make_step(updater, algorithm={"name": "iterative_dpo"}, target=Target())
+    figures = step(groups())
+    margin = 0.1 * (sum(-gap(token) for token in (1, 2, 3)) - sum(-gap(token) for token in range(1, 9)))
+    weight = 0.1 / (1 + math.exp(margin))
+    ((members, denominator),) = rows(updater)
+    assert denominator == 1.0
+    assert {k: a for k, (a, _) in members.items() if a} == pytest.approx({(1, 3): weight, (1, 8): -weight}, rel=1e-4)
+    assert figures["pairs/num"] == 1.0 and figures["pairs/margin"] == pytest.approx(margin, rel=1e-4)
+
+
+def test_updates_without_a_pair_are_skipped():
+    updater = Updater()
+    train_keys = {"prompts_per_update": 1}
+    step = make_step(updater, algorithm={"name": "iterative_dpo"}, target=Target(), train=train_keys)
+    step(groups())
+    assert (len(updater.updates), updater.num_skipped) == (1, 2)
+
+
+def test_knowledge_distillation_alone_has_no_advantage():
+    updater = Updater()
+    teacher = {"path": "t"}
+    make_step(updater, algorithm={"name": "kd_rkl"}, teacher=teacher, target=Target())(groups())
+    assert {a for row in token_advantages(updater).values() for a in row} == {0.0}
+    assert len(token_advantages(updater)) == 6 and updater.specs[0].kl_coef == 1.0
+
+
+def test_coefficients_adapt_to_what_was_measured():
+    """The policy says -1, the target -i / 4; the entropy is 0. Both goals are missed."""
+    keys = {"kl": "k3", "kl_coef": 0.5, "kl_schedule": "adaptive", "kl_goal": 0.01, "kl_horizon": 60}
+    keys |= {"entropy_coef": 0.01, "entropy_goal": 0.3, "entropy_step": 0.004}
+    updater = Updater()
+    step = make_step(updater, algorithm=keys, target=Target())
+    first, second = step(groups(), 0), step(groups(), 1)
+    assert (first["kl/coef"], first["loss/entropy_coef"]) == (0.5, 0.01)
+    # Far above the goal: an error of 0.2 over 6 of 60 responses.
+    assert second["kl/coef"] == pytest.approx(0.5 * 1.02) and second["loss/entropy_coef"] == pytest.approx(0.014)
+    assert [spec.kl_coef for spec in updater.specs] == pytest.approx([0.5, 0.51])
+    assert [spec.entropy_coef for spec in updater.specs] == pytest.approx([0.01, 0.014])
+
+
+class Values:
+    """A critic that says 0.25 everywhere before the step, and keeps what it is to learn."""
+
+    def __init__(self):
+        self.fitted = []
+
+    def values(self, batches):
+        return [torch.full_like(batch.sampler_logp_N, 0.25) for batch in batches]
+
+    def fit(self, batches, loss, denominator):
+        self.fitted.append((batches, denominator))
+        return UpdateResult([], 0.75, 2.0, 1e-5, True)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_critic_gives_each_token_its_advantage(warmup):
+    updater, values = Updater(), Values()
+    critic = Critic(values, warmup_steps=warmup)
+    step = make_step(updater, algorithm={"name": "ppo"}, critic=critic)
+    figures = [step(groups(), number) for number in range(2)]
+    assert (len(updater.updates), updater.num_skipped) == (2 - warmup, warmup)
+    assert len(values.fitted) == 2 and values.fitted[0][1] == 19.0
+    found = [a for batches, _ in updater.updates for batch in batches for a in batch.advantages_N.tolist()]
+    # gamma = lambda = 1: the reward less the value, at every token.
+    assert sorted(set(found)) == [-1.25, 0.75]
+    assert figures[1]["critic/loss"] == 0.75 and figures[1]["critic/value_mean"] == pytest.approx(0.25)
+    assert figures[1]["critic/explained_variance"] == pytest.approx(0.0)

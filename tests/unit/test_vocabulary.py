@@ -1,0 +1,105 @@
+"""Whether two models speak the same tokens, by their tokenizers on disk."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from fastreason.config import parse_config
+from fastreason.errors import ConfigError, ModelError
+from fastreason.preflight import anchor_paths, check_teacher
+from fastreason.vocabulary import check_same_vocabulary
+
+WORDS = ["<pad>", "<s>", "</s>", "<end>", "one", "two", "three"]
+
+
+def save(folder, words=WORDS, ends=None, **special):
+    """A model's folder without a model: a tokenizer, and where a generation ends."""
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=None))
+    tokens = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>"} | special
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(words)}))
+    if ends is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save(tmp_path / "model")
+
+
+def test_the_same_vocabulary_passes_whatever_the_padding(tmp_path, model):
+    teacher = save(tmp_path / "teacher", pad_token="three")
+    (teacher / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 128}))
+    assert check_same_vocabulary(model, teacher) == frozenset()
+    assert check_same_vocabulary(model, model) == frozenset()
+
+
+def test_another_vocabulary_is_refused_by_its_first_differences(tmp_path, model):
+    other = [*WORDS[:4], "two", "one", "three", "four"]
+    with pytest.raises(
+        ConfigError, match=r"teacher\.path: .*'one' is 4 here, 5 there; 'two' is 5 here, 4 there; 'four' is"
+    ):
+        check_same_vocabulary(model, save(tmp_path / "teacher", other))
+
+
+def test_another_beginning_is_refused(tmp_path, model):
+    with pytest.raises(ConfigError, match="bos_token_id is 1 here, 3 there"):
+        check_same_vocabulary(model, save(tmp_path / "teacher", bos_token="<end>"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "differ"),
+    [
+        ({}, {"eos_token": "<end>"}, {2, 3}),
+        ({"ends": [2, 3]}, {"eos_token": "<end>", "ends": [2, 3]}, set()),
+        ({"ends": 2}, {"ends": [3, 2]}, {3}),
+    ],
+)
+def test_ends_of_one_model_alone_are_named(tmp_path, ours, theirs, differ):
+    assert check_same_vocabulary(save(tmp_path / "a", **ours), save(tmp_path / "b", **theirs)) == differ
+
+
+def test_a_teacher_without_a_tokenizer_names_the_key(tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"teacher\.path: the tokenizers cannot be compared"):
+        check_same_vocabulary(model, tmp_path / "empty")
+
+
+def config(model, teacher, **keys):
+    return parse_config(
+        {
+            "model": {"path": str(model)},
+            "data": {"task": "chain_sum"},
+            "teacher": {"path": str(teacher), **keys},
+            "algorithm": {"name": "kdrl"},
+            "rollout": {"samples_per_prompt": 2},
+            "train": {"steps": 1, "prompts_per_step": 1},
+        }
+    )
+
+
+def test_preflight_compares_folders_before_anything_starts(tmp_path, model):
+    teacher = save(tmp_path / "teacher")
+    assert check_teacher(config(model, teacher)) == []
+    assert check_teacher(config(model, model)) == []
+    other = save(tmp_path / "other", [*WORDS[:4], "two", "one", "three"])
+    with pytest.raises(ConfigError, match="has another tokenizer than model"):
+        check_teacher(config(model, other))
+
+
+def test_preflight_says_what_it_cannot_compare(model):
+    unchecked = check_teacher(config(model, "nobody/teacher"))
+    assert len(unchecked) == 2 and all("teacher.path='nobody/teacher'" in line for line in unchecked)
+    with pytest.raises(ModelError, match=r"teacher\.path='/nowhere/teacher': there is no such folder"):
+        check_teacher(config(model, "/nowhere/teacher"))
+
+
+def test_paths_of_teacher_and_critic_do_not_depend_on_the_folder(tmp_path, model, monkeypatch):
+    save(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    anchored = anchor_paths(config("model", "teacher"))
+    assert anchored.teacher.path == str((tmp_path / "teacher").resolve())
+    assert anchor_paths(config("model", "nobody/teacher")).teacher.path == "nobody/teacher"
