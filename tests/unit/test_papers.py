@@ -181,7 +181,9 @@ def test_e_accuracy_against_pass_at_k(papers, made):
     # What was found now and then is found always; what never was stays so.
     assert showed(papers, "e", rlvr=arm([4, 4, 4, 0], [13, 13, 13, 0])) == ("yes", ["yes", "yes"])
     # Every prompt is found once more in a while: pass@8 by 0.5 or more, accuracy by 0.06.
-    assert showed(papers, "e", rlvr=arm([0, 0, 0, 0], [1, 1, 1, 1])) == ("no", ["yes", "no"]) or True
+    assert showed(papers, "e", rlvr=arm([0, 0, 0, 0], [1, 1, 1, 1])) == ("no", ["yes", "no"])
+    torn = dict(enumerate(made(before=((16, 2),) * 4, after=after) for after in [((16, 3),) * 4, ((16, 16),) * 4]))
+    assert showed(papers, "e", rlvr=torn)[0] == "unclear"
     assert showed(papers, "e", rlvr=arm([4, 4, 4, 4], [4, 4, 4, 4], seeds=1))[0] == "unclear"
 
 
@@ -261,9 +263,8 @@ def made_by_stand_in(papers, tmp_path, monkeypatch):
     script.write_text(STAND_IN)
 
     def call(*arguments, **environment):
-        for key in ("FAKE_PACE", "FAKE_FAILS"):
-            monkeypatch.setenv(key, environment.get(key, ""))
-        monkeypatch.setenv("FAKE_PACE", environment.get("FAKE_PACE", "0"))
+        for key, usual in (("FAKE_PACE", "0"), ("FAKE_FAILS", "")):
+            monkeypatch.setenv(key, environment.get(key, usual))
         out = tmp_path / "out"
         return papers["run"].main(["--out", str(out), *arguments], [sys.executable, str(script)])
 
@@ -313,7 +314,6 @@ def test_a_budget_starts_nothing_that_does_not_fit(made_by_stand_in, capsys):
 
 
 def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by_stand_in, papers, monkeypatch):
-    monkeypatch.setattr(papers["arms"], "ARMS", {**papers["arms"].ARMS})
     quick = papers["arms"].Arm("quick", papers["arms"].ARMS["rlvr"].overrides, guess_s=1.0)
     monkeypatch.setitem(papers["arms"].ARMS, "rlvr", quick)
     assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.05", FAKE_PACE="0.5") == 0
@@ -332,7 +332,7 @@ def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by
 def test_ctrl_c_ends_the_child_and_the_same_command_goes_on(made_by_stand_in):
     environment = {**os.environ, "FAKE_PACE": "0.5", "PYTHONPATH": os.pathsep.join(map(str, (FOLDER, *sys.path)))}
     code = f"import sys, run; sys.exit(run.main(sys.argv[1:], [sys.executable, {str(made_by_stand_in.script)!r}]))"
-    command = [sys.executable, "-c", code, "--out", str(made_by_stand_in.out), "--findings", "e", "--seeds", "0"]
+    command = [sys.executable, "-P", "-c", code, "--out", str(made_by_stand_in.out), "--findings", "e", "--seeds", "0"]
     bench = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = made_by_stand_in.out / "runs" / "rlvr-seed0" / "metrics.jsonl"
     try:
@@ -400,7 +400,7 @@ def test_two_commands_do_not_share_a_folder(made_by_stand_in, papers):
 def test_typing_errors_are_found_before_any_run(made_by_stand_in, capsys):
     from fastreason.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="train.lrr"):
+    with pytest.raises(ConfigError, match=r"train\.lrr"):
         made_by_stand_in("--findings", "e", "train.lrr=1")
     with pytest.raises(SystemExit):
         made_by_stand_in("--findings", "z")
