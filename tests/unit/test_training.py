@@ -339,6 +339,18 @@ def test_groups_without_what_the_algorithm_compares_with_are_refused():
         make_step(Updater(), algorithm={"name": "kdrl"}, teacher=teacher)(groups())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_group_without_a_teachers_scores_is_refused_on_every_rank(rank):
+    batch = groups()
+    for each in batch[:2]:
+        for sample in each.samples:
+            sample.teacher_logp = [-1.0] * len(sample.token_ids)
+    teacher = {"path": "t", "where": "server", "url": "http://t"}
+    step = make_step(Updater(), rank=rank, num_ranks=2, algorithm={"name": "kdrl"}, teacher=teacher)
+    with pytest.raises(DataError, match=r"groups \[2\] hold no log-probabilities of a teacher"):
+        step(batch)
+
+
 def test_a_servers_log_probabilities_come_with_the_groups():
     batch, updater = groups(), Updater()
     for each in batch:
