@@ -231,7 +231,8 @@ class TrainingStep:
         return found
 
     def _adapt(self, figures: dict[str, float], num_responses: int) -> None:
-        kl = figures.get(f"kl/{self.algorithm.kl.target}", 0.0)
+        # Where the term acted on no token, nothing was measured, and nothing is to adapt.
+        kl = figures.get(f"kl/{self.algorithm.kl.target}", self.algorithm.kl.goal)
         self.coefficients = self.algorithm.next_state(
             self.coefficients, kl=kl, entropy=figures["loss/entropy"], num_responses=num_responses
         )

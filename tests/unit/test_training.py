@@ -409,6 +409,16 @@ def test_coefficients_adapt_to_what_was_measured():
     assert [spec.entropy_coef for spec in updater.specs] == pytest.approx([0.01, 0.014])
 
 
+def test_a_coefficient_rests_where_its_term_acted_on_nothing():
+    """All responses are right, and the term acts on wrong ones: that is no KL of 0."""
+    keys = {"kl": "exact", "kl_coef": 0.5, "kl_schedule": "adaptive", "kl_goal": 0.01, "kl_horizon": 60}
+    batch = [group(0, sample(1.0, 2), sample(1.0, 3))]
+    step = make_step(Updater(), prompts=1, algorithm={**keys, "kl_mask": "wrong"}, target=Target())
+    assert [step(batch, number)["kl/coef"] for number in range(2)] == [0.5, 0.5]
+    measured = make_step(Updater(), prompts=1, algorithm=keys, target=Target())
+    assert [measured(batch, number)["kl/coef"] for number in range(2)] == pytest.approx([0.5, 0.5 * (1 - 0.2 * 2 / 60)])
+
+
 class Values:
     """A critic that says 0.25 everywhere before the step, and keeps what it is to learn."""
 
