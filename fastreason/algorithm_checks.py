@@ -180,9 +180,15 @@ def check_kind(algorithm: "ResolvedAlgorithm", config: Config) -> None:
                 f"kl_coef={algorithm.kl.coef}, kl_place={algorithm.kl.place}: nothing else would train. It needs a KL term "
                 "in the loss or the advantage, and no critic or pairs; or leave it out."
             )
-        if wanted.advantage:
+        without = {
+            "advantage": bool(wanted.advantage),
+            "truncated": wanted.truncated == "penalise",
+            "filter": wanted.filter not in (None, "none") and algorithm.filtered == "zero",
+        }
+        for key in (key for key, unused in without.items() if unused):
             raise ConfigError(
-                f"algorithm.advantage={wanted.advantage}: has no effect with algorithm.use_rewards=false. Leave it out."
+                f"algorithm.{key}={getattr(wanted, key)}: has no effect with algorithm.use_rewards=false. Leave it out"
+                f"{', or use algorithm.filtered=remove or refill' if key == 'filter' else ''}."
             )
     if algorithm.pairs:
         for key in ("aggregation", "entropy_coef", "entropy_goal", "kl"):
@@ -207,8 +213,14 @@ def check_models(algorithm: "ResolvedAlgorithm", config: Config) -> None:
         require_use(teacher, key, taught, "algorithm.kl_target=teacher and algorithm.kl", section="teacher")
     for key in type(config.critic).model_fields:
         require_use(config.critic, key, algorithm.critic, "an algorithm with a critic (ppo)", section="critic")
+    if algorithm.critic and config.critic.warmup_steps >= config.train.steps:
+        raise ConfigError(
+            f"critic.warmup_steps={config.critic.warmup_steps} with train.steps={config.train.steps}: the policy would never "
+            "train. Lower critic.warmup_steps."
+        )
     if not taught:
         return
+    require_use(teacher, "dtype", teacher.where == "trainer", "teacher.where=trainer", section="teacher")
     if teacher.path is None:
         raise ConfigError(
             f"teacher.path: missing; algorithm.name={config.algorithm.name} has algorithm.kl_target=teacher. Give the folder "
@@ -217,6 +229,8 @@ def check_models(algorithm: "ResolvedAlgorithm", config: Config) -> None:
     require_use(teacher, "url", teacher.where == "server", "teacher.where=server", section="teacher")
     if teacher.where == "server" and teacher.url is None:
         raise ConfigError("teacher.url: missing; teacher.where=server needs the URL of a running vLLM server.")
+    if teacher.url is not None and not teacher.url.startswith(("http://", "https://")):
+        raise ConfigError(f"teacher.url={teacher.url!r}: teacher.where=server needs a URL, as http://host:port.")
     if teacher.where == "server" and config.rollout.temperature != 1:
         raise ConfigError(
             f"rollout.temperature={config.rollout.temperature} with teacher.where=server: the server scores at temperature "

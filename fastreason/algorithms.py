@@ -108,6 +108,13 @@ class ResolvedAlgorithm:
             entropy_acts=self.entropy.goal is None or entropy <= self.entropy.goal,
         )
 
+    def kept_state(self, state: CoefficientState) -> dict[str, Any]:
+        """What a checkpoint holds of a state: the coefficients that adapt, by their names there."""
+        kept: dict[str, Any] = {"kl": state.kl} if self.kl.schedule == "adaptive" else {}
+        if self.entropy.goal is not None:
+            kept |= {"entropy": state.entropy, "entropy_acts": state.entropy_acts}
+        return kept
+
     def spec_at(self, step: int, state: CoefficientState) -> PolicyLossSpec:
         """The loss of a step, from 0 on: with its entropy coefficient, and its KL term where that is k2 or k3 in the loss."""
         spec = replace(self.spec, entropy_coef=self.entropy.coefficient(state))

@@ -19,8 +19,8 @@ class TrainerState:
     """What a checkpoint holds beside the updater's own state.
 
     `version` weights have been published, `num_groups` groups are trained. `figures` are running totals that the summary
-    reports, `coefficients` those of adaptive loss terms for the step to come (empty: those of the start). The producer's own
-    state lies beside it, as bytes that only the producer reads.
+    reports, `coefficients` those that adapt, for the step to come. The producer's own state lies beside it, as bytes that
+    only the producer reads.
     """
 
     step: int

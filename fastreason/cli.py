@@ -126,10 +126,12 @@ def written_groups(options: argparse.Namespace, config: "Config", done: int = 0)
             f"--only train: eval.num_prompts={config.eval.num_prompts}, and without an engine nothing can be evaluated. "
             "Pass eval.num_prompts=0."
         )
+    from fastreason.algorithms import resolve_algorithm
     from fastreason.replay import check_batches
 
     folder = Path(options.groups).resolve()
-    check_batches(folder, config, done)
+    greedy = resolve_algorithm(config).greedy_baseline
+    check_batches(folder, config, done, greedy=greedy, scored=config.teacher.where == "server")
     return folder
 
 

@@ -45,7 +45,12 @@ def ends_of_one_model(session: Session, config: Config, algorithm: ResolvedAlgor
         return frozenset()
     with described_by("teacher.path"):
         folder = resolve_model(teacher_model(config))
-    return check_same_vocabulary(Path(session.model_dir), folder, trust_teacher_code=config.teacher.trust_remote_code)
+    return check_same_vocabulary(
+        Path(session.model_dir),
+        folder,
+        trust_code=config.model.trust_remote_code,
+        trust_teacher_code=config.teacher.trust_remote_code,
+    )
 
 
 def load_target(

@@ -155,7 +155,8 @@ def make_teacher(config: Config) -> Any:
 
     if config.teacher.where != "server":
         return None
-    return TeacherClient(config.teacher.url, config.rollout.temperature, config.rollout.request_timeout_s)
+    assert config.teacher.url is not None
+    return TeacherClient(config.teacher.url, config.rollout.request_timeout_s)
 
 
 def only_rollouts(config: Config) -> Config:

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,6 @@ from fastreason.critic import Critic
 from fastreason.errors import InterruptedWaitError
 from fastreason.figures import rollout_figures
 from fastreason.frozen import FrozenModel
-from fastreason.kl import CoefficientState
 from fastreason.metrics import MetricsLog, Progress, SampleLog
 from fastreason.packing import Layout
 from fastreason.ranks import Ranks
@@ -145,8 +144,7 @@ class Loop:
             parts.updater.load(folder / "updater")
             if parts.critic is not None:
                 parts.critic.engine.load(folder / "critic")
-            if saved.coefficients:
-                self._training.coefficients = CoefficientState(**saved.coefficients)
+            self._training.coefficients = replace(self._training.coefficients, **saved.coefficients)
             self.step, self.version, self.num_groups = saved.step, saved.version, saved.num_groups
             self.saved_step, self.score = saved.step, saved.score
             state = read_producer_state(folder) if parts.rollouts is not None else None
@@ -280,7 +278,7 @@ class Loop:
                 num_groups=self.num_groups,
                 score=self.score,
                 figures=vars(self.totals),
-                coefficients=asdict(self._training.coefficients),
+                coefficients=parts.algorithm.kept_state(self._training.coefficients),
             )
             # Told to stop, it does not wait for what is still being generated: those prompts are asked again.
             producer = parts.rollouts.save_state(self.num_groups, settle=not parts.stop_requested())

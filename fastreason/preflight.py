@@ -56,7 +56,7 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
             "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "
             "or use rollout.engine=hf."
         )
-    unchecked = check_data(config.data) + check_model(config.model) + check_teacher(config)
+    unchecked = check_data(config.data) + check_model(config.model) + check_teacher(config) + check_critic(config)
     if Path(config.model.path).is_dir():
         max_model_len(config, read_model_config(config.model.path))
     return decisions, unchecked
@@ -82,13 +82,29 @@ def check_teacher(config: Config) -> list[str]:
     if teacher.path is None or teacher.path == config.model.path:
         return []
     if Path(teacher.path).is_dir() and Path(config.model.path).is_dir():
-        trust = teacher.trust_remote_code
-        check_same_vocabulary(Path(config.model.path), Path(teacher.path), trust_teacher_code=trust)
+        check_same_vocabulary(
+            Path(config.model.path),
+            Path(teacher.path),
+            trust_code=config.model.trust_remote_code,
+            trust_teacher_code=teacher.trust_remote_code,
+        )
         return []
     with described_by("teacher.path"):
         unchecked = check_model(teacher_model(config))
     unchecked = [line.replace("model.path", "teacher.path") for line in unchecked]
     return [*unchecked, f"teacher.path={teacher.path!r}: its tokenizer against that of model.path"]
+
+
+def check_critic(config: Config) -> list[str]:
+    """Raise ModelError where the critic's body cannot be there; returns what could not be checked without the network."""
+    from fastreason.companions import described_by
+    from fastreason.models import check_model
+
+    if config.critic.path is None:
+        return []
+    with described_by("critic.path"):
+        unchecked = check_model(config.model.model_copy(update={"path": config.critic.path}))
+    return [line.replace("model.path", "critic.path") for line in unchecked]
 
 
 def check_prompts_offline(config: Config) -> None:

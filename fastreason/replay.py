@@ -73,14 +73,20 @@ def read_batch(folder: Path, number: int) -> list[Group]:
                     f"{where}: {len(sample.token_ids)} tokens have {len(sample.sampler_logp)} log-probabilities and "
                     f"{len(sample.token_versions)} versions. Write the groups again."
                 )
+            if sample.teacher_logp is not None and len(sample.teacher_logp) != len(sample.token_ids):
+                raise DataError(
+                    f"{where}: {len(sample.token_ids)} tokens have {len(sample.teacher_logp)} log-probabilities of a teacher. "
+                    "Write the groups again."
+                )
     return groups
 
 
-def check_batches(folder: Path, config: Config, done: int = 0) -> None:
+def check_batches(folder: Path, config: Config, done: int = 0, *, greedy: bool = False, scored: bool = False) -> None:
     """Read all batches that a run will train on, of which `done` are trained already.
 
-    Raises ConfigError where there are too few or they are of another size than the config's, DataError where one cannot
-    be read.
+    greedy, scored: whether the algorithm needs the reward of a greedy response, and the scores of a teacher's server. Raises
+    ConfigError where there are too few batches, or they are of another size than the config's or without what is needed;
+    DataError where one cannot be read.
     """
     num, steps = count_batches(folder), config.train.steps
     if num < steps:
@@ -103,6 +109,17 @@ def check_batches(folder: Path, config: Config, done: int = 0) -> None:
                     f"{batch_path(folder, number)} was written with {key}={size}, this run has {key}={wanted[key]}. "
                     f"Pass {key}={size}, or write the groups again."
                 )
+        for group in groups:
+            if greedy and group.greedy_reward is None:
+                lacks = f"a greedy response, which algorithm.name={config.algorithm.name} compares with"
+            elif scored and not group.is_scored:
+                lacks = "a teacher's log-probabilities, which teacher.where=server takes from there"
+            else:
+                continue
+            raise ConfigError(
+                f"{batch_path(folder, number)}, ticket {group.ticket}: written without {lacks}. Write the groups again with "
+                "this config: fastreason train CONFIG --only rollout"
+            )
 
 
 class Deliveries(Protocol):

@@ -184,10 +184,11 @@ class TrainingStep:
             scores = self.target.logprobs(batches, spec, self.config.rollout.temperature)
             for batch, ref_logp_N in zip(batches, scores, strict=True):
                 batch.ref_logp_N = ref_logp_N
-        if self.target is None and any(batch.ref_logp_N is None for batch in batches):
+        # Of all groups, not of this rank's: every rank raises, or none.
+        if self.target is None and (unscored := [group.ticket for group in groups if not group.is_scored]):
             raise DataError(
-                "the groups hold no log-probabilities of a teacher, which teacher.where=server writes into them. They were "
-                "generated without one: generate them again, or use teacher.where=trainer."
+                f"groups {unscored[:5]} hold no log-probabilities of a teacher, which teacher.where=server writes into them. "
+                "They were generated without one: generate them again, or use teacher.where=trainer."
             )
         by_sequence = self.algorithm.aggregation != "token_mean"
         for number, plan in enumerate(plans):
@@ -230,7 +231,8 @@ class TrainingStep:
         return found
 
     def _adapt(self, figures: dict[str, float], num_responses: int) -> None:
-        kl = figures.get(f"kl/{self.algorithm.kl.target}", 0.0)
+        # Where the term acted on no token, nothing was measured, and nothing is to adapt.
+        kl = figures.get(f"kl/{self.algorithm.kl.target}", self.algorithm.kl.goal)
         self.coefficients = self.algorithm.next_state(
             self.coefficients, kl=kl, entropy=figures["loss/entropy"], num_responses=num_responses
         )

@@ -88,6 +88,11 @@ class Group(msgspec.Struct, kw_only=True):
         return [sample.reward for sample in self.samples]
 
     @property
+    def is_scored(self) -> bool:
+        """Whether a teacher's server has scored every response."""
+        return all(sample.teacher_logp is not None for sample in self.samples)
+
+    @property
     def oldest_version(self) -> int:
         return min((v for s in self.samples for v in s.token_versions), default=self.version_issued)
 

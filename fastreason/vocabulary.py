@@ -15,7 +15,9 @@ SPECIAL = ("bos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask
 SHOWN = 3
 
 
-def check_same_vocabulary(model_dir: Path, teacher_dir: Path, *, trust_teacher_code: bool = False) -> frozenset[int]:
+def check_same_vocabulary(
+    model_dir: Path, teacher_dir: Path, *, trust_code: bool = False, trust_teacher_code: bool = False
+) -> frozenset[int]:
     """Token ids that end a response for one of the two models alone; raises ConfigError where their vocabularies differ.
 
     A vocabulary padded to another size is the same; another id of an end of response is allowed.
@@ -25,7 +27,7 @@ def check_same_vocabulary(model_dir: Path, teacher_dir: Path, *, trust_teacher_c
     if model_dir.resolve() == teacher_dir.resolve():
         return frozenset()
     try:
-        ours = AutoTokenizer.from_pretrained(model_dir)
+        ours = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_code)
         theirs = AutoTokenizer.from_pretrained(teacher_dir, trust_remote_code=trust_teacher_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"teacher.path: the tokenizers cannot be compared: {error}") from error

@@ -44,14 +44,19 @@ class HfEngine:
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         stops = {token for token in [*eos, *params.stop_token_ids] if token is not None}
         ids = torch.tensor([prompt_token_ids], device=self._device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if params.temperature:  # transformers refuses one of 0
+            sampling = {
+                "do_sample": True,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+            }
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=True,
+            **sampling,
             num_return_sequences=params.n,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
             max_new_tokens=params.max_new_tokens,
             eos_token_id=sorted(stops) or None,
             pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,

@@ -2,7 +2,7 @@
 
 The server is vLLM with a causal LM of the policy's tokenizer. `POST {url}/v1/completions` takes token ids as the prompt and,
 with `prompt_logprobs`, answers with the log-probability of each: of the raw distribution, so at temperature 1, whatever the
-request says. A run with another temperature is refused. Text never goes there, only token ids.
+request says: `algorithm_checks.py` refuses a run with another temperature. Text never goes there, only token ids.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from fastreason.errors import ConfigError, EngineError
+from fastreason.errors import EngineError
 
 KEY_VARIABLE = "FASTREASON_TEACHER_KEY"
 MAX_CONCURRENT = 64
@@ -28,18 +28,10 @@ ADVICE = {
 class TeacherClient:
     """Scores responses on a teacher's server; `timeout_s` limits one request.
 
-    The environment variable FASTREASON_TEACHER_KEY, where it is set, is sent as the bearer key. Raises ConfigError for a URL
-    that is none, or a temperature other than 1.
+    The environment variable FASTREASON_TEACHER_KEY, where it is set, is sent as the bearer key.
     """
 
-    def __init__(self, url: str | None, temperature: float, timeout_s: float = 300.0) -> None:
-        if not url or not url.startswith(("http://", "https://")):
-            raise ConfigError(f"teacher.url={url!r}: teacher.where=server needs the server's URL, as http://host:port.")
-        if temperature != 1:
-            raise ConfigError(
-                f"rollout.temperature={temperature} with teacher.where=server: a vLLM server scores at temperature 1, and "
-                "both must be compared at the sampling temperature. Use rollout.temperature=1, or teacher.where=trainer."
-            )
+    def __init__(self, url: str, timeout_s: float = 300.0) -> None:
         self.url, self.timeout_s, self.model = url.rstrip("/").removesuffix("/v1"), timeout_s, ""
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)

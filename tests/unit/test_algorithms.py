@@ -386,12 +386,32 @@ def test_a_row_has_defaults_that_a_config_overrides(monkeypatch):
         ),
         ({"name": "kdrl", "teacher": {"path": "t", "where": "server"}}, r"teacher\.url: missing"),
         (
-            {"name": "kdrl", "teacher": {"path": "t", "where": "server", "url": "u"}, "temperature": 0.9},
+            {"name": "kdrl", "teacher": {"path": "t", "where": "server", "url": "host:8000"}},
+            r"teacher\.url='host:8000': .*http://host:port",
+        ),
+        (
+            {"name": "kdrl", "teacher": {"path": "t", "where": "server", "url": "http://u"}, "temperature": 0.9},
             r"rollout\.temperature=0\.9 with teacher\.where=server",
         ),
         (
-            {"name": "kdrl", "kl": "exact", "teacher": {"path": "t", "where": "server", "url": "u"}},
+            {"name": "kdrl", "kl": "exact", "teacher": {"path": "t", "where": "server", "url": "http://u"}},
             r"algorithm\.kl=exact with teacher\.where=server",
+        ),
+        (
+            {"name": "kdrl", "teacher": {"path": "t", "where": "server", "url": "http://u", "dtype": "float32"}},
+            r"teacher\.dtype=float32: has no effect without teacher\.where=trainer",
+        ),
+        (
+            {"name": "kd_rkl", "teacher": {"path": "t"}, "truncated": "penalise"},
+            r"algorithm\.truncated=penalise: has no effect with algorithm\.use_rewards=false",
+        ),
+        (
+            {"name": "kd_rkl", "teacher": {"path": "t"}, "filter": "all_right"},
+            r"algorithm\.filter=all_right: has no effect with algorithm\.use_rewards=false.*filtered=remove",
+        ),
+        (
+            {"name": "ppo", "critic": {"warmup_steps": 1}},
+            r"critic\.warmup_steps=1 with train\.steps=1: the policy would never train",
         ),
         ({"critic": {"lr": 1e-4}}, r"critic\.lr=0\.0001: has no effect without an algorithm with a critic"),
         ({"critic": {"value_clip": None}}, r"critic\.value_clip=None: has no effect"),

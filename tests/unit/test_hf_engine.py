@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 
+import msgspec
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,6 +70,17 @@ def test_the_log_probabilities_are_those_of_the_sampled_tokens(folder):
         assert (completion.finish_reason == "stop") == (ids[-1] == 1) and (len(ids) == 12 or ids[-1] == 1)
         assert completion.token_versions == [0] * len(ids)
     check(folder, completions)
+
+
+def test_at_temperature_0_each_token_is_the_likeliest_whatever_the_seed(folder):
+    made = engine(folder)
+    greedy = msgspec.structs.replace(PARAMS, n=1, temperature=0.0)
+    (first,), (second,) = (generate(made, msgspec.structs.replace(greedy, seed=seed)) for seed in (3, 4))
+    assert first == second
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    likeliest = model(torch.tensor([PROMPT + first.token_ids])).logits[0, len(PROMPT) - 1 : -1].argmax(-1)
+    assert first.token_ids == likeliest.tolist()
+    check(folder, [first], temperature=1.0)
 
 
 def test_sampling_defaults_of_the_model_do_not_change_the_distribution(folder, tmp_path):

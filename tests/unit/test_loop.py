@@ -272,6 +272,21 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     assert loop.totals.tokens_trained == 54
 
 
+GOAL = {"entropy_coef": 0.01, "entropy_goal": 0.3, "entropy_step": 0.004}
+
+
+@pytest.mark.parametrize(("before", "expected"), [(GOAL, 0.018), ({}, 0.01), ({"entropy_coef": 0.5}, 0.01)])
+def test_a_resumed_run_goes_on_with_the_coefficients_that_adapted_and_no_others(tmp_path, before, expected):
+    """Told another algorithm at the resume, it starts from what it is told."""
+    make_loop(tmp_path, World(), train={"steps": 2}, checkpoint={"every": 1}, algorithm=before).run()
+    world = World()
+    loop = make_loop(tmp_path, world, train={"steps": 3}, algorithm=GOAL)
+    loop.parts.resume_from = loop.parts.checkpoints.latest()
+    assert loop.run() is True
+    (line,) = world.lines
+    assert line["loss/entropy_coef"] == pytest.approx(expected)
+
+
 def test_a_resumed_run_told_to_stop_at_once_saves_nothing_again(tmp_path):
     make_loop(tmp_path, World(), checkpoint={"every": 1}).run()
     world = World()

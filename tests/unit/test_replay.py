@@ -98,6 +98,10 @@ def spoil(path, change):
         (lambda raw: raw[1]["samples"][0].update(grade=None), "ticket 3: a sample has no grade"),
         (lambda raw: raw[1]["samples"][1]["sampler_logp"].pop(), "3 tokens have 2 log-probabilities and 3 versions"),
         (lambda raw: raw[1]["samples"][1]["token_versions"].pop(), "3 tokens have 3 log-probabilities and 2 versions"),
+        (
+            lambda raw: raw[1]["samples"][1].update(teacher_logp=[-1.0]),
+            "3 tokens have 1 log-probabilities of a teacher",
+        ),
     ],
 )
 def test_what_is_no_graded_group_is_an_error_with_the_files_name(tmp_path, change, message):
@@ -132,6 +136,29 @@ def test_a_folder_is_checked_against_the_config_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"rollout\.samples_per_prompt=4, this run has rollout\.samples_per_prompt=2"):
         check_batches(tmp_path, config_of(3))
     check_batches(tmp_path, config_of(3), done=3)
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ("greedy", r"batch-000002\.msgpack, ticket 5: written without a greedy response, which algorithm\.name=grpo"),
+        ("scored", r"batch-000002\.msgpack, ticket 5: written without a teacher's log-probabilities"),
+    ],
+)
+def test_groups_without_what_the_algorithm_needs_are_refused_before_training(tmp_path, needs, message):
+    for number in (1, 2):
+        groups = batch(number)
+        for each in groups:
+            each.greedy_reward = 0.0
+            for sample in each.samples:
+                sample.teacher_logp = [-1.0] * 3
+        if number == 2:
+            groups[1].greedy_reward = groups[1].samples[1].teacher_logp = None
+        write_batch(tmp_path, number, groups)
+    check_batches(tmp_path, config_of(2))
+    check_batches(tmp_path, config_of(1), **{needs: True})
+    with pytest.raises(ConfigError, match=message):
+        check_batches(tmp_path, config_of(2), **{needs: True})
 
 
 class Client:

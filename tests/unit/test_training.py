@@ -339,6 +339,18 @@ def test_groups_without_what_the_algorithm_compares_with_are_refused():
         make_step(Updater(), algorithm={"name": "kdrl"}, teacher=teacher)(groups())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_group_without_a_teachers_scores_is_refused_on_every_rank(rank):
+    batch = groups()
+    for each in batch[:2]:
+        for sample in each.samples:
+            sample.teacher_logp = [-1.0] * len(sample.token_ids)
+    teacher = {"path": "t", "where": "server", "url": "http://t"}
+    step = make_step(Updater(), rank=rank, num_ranks=2, algorithm={"name": "kdrl"}, teacher=teacher)
+    with pytest.raises(DataError, match=r"groups \[2\] hold no log-probabilities of a teacher"):
+        step(batch)
+
+
 def test_a_servers_log_probabilities_come_with_the_groups():
     batch, updater = groups(), Updater()
     for each in batch:
@@ -395,6 +407,16 @@ def test_coefficients_adapt_to_what_was_measured():
     assert second["kl/coef"] == pytest.approx(0.5 * 1.02) and second["loss/entropy_coef"] == pytest.approx(0.014)
     assert [spec.kl_coef for spec in updater.specs] == pytest.approx([0.5, 0.51])
     assert [spec.entropy_coef for spec in updater.specs] == pytest.approx([0.01, 0.014])
+
+
+def test_a_coefficient_rests_where_its_term_acted_on_nothing():
+    """All responses are right, and the term acts on wrong ones: that is no KL of 0."""
+    keys = {"kl": "exact", "kl_coef": 0.5, "kl_schedule": "adaptive", "kl_goal": 0.01, "kl_horizon": 60}
+    batch = [group(0, sample(1.0, 2), sample(1.0, 3))]
+    step = make_step(Updater(), prompts=1, algorithm={**keys, "kl_mask": "wrong"}, target=Target())
+    assert [step(batch, number)["kl/coef"] for number in range(2)] == [0.5, 0.5]
+    measured = make_step(Updater(), prompts=1, algorithm=keys, target=Target())
+    assert [measured(batch, number)["kl/coef"] for number in range(2)] == pytest.approx([0.5, 0.5 * (1 - 0.2 * 2 / 60)])
 
 
 class Values:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastreason.config import parse_config
 from fastreason.errors import ConfigError, ModelError
-from fastreason.preflight import anchor_paths, check_teacher
+from fastreason.preflight import anchor_paths, check_critic, check_teacher
 from fastreason.vocabulary import check_same_vocabulary
 
 WORDS = ["<pad>", "<s>", "</s>", "<end>", "one", "two", "three"]
@@ -95,6 +95,32 @@ def test_preflight_says_what_it_cannot_compare(model):
     assert len(unchecked) == 2 and all("teacher.path='nobody/teacher'" in line for line in unchecked)
     with pytest.raises(ModelError, match=r"teacher\.path='/nowhere/teacher': there is no such folder"):
         check_teacher(config(model, "/nowhere/teacher"))
+
+
+def test_preflight_looks_for_the_critic_too(tmp_path, model):
+    def ppo(path):
+        changes = {"critic": {"path": path}, "algorithm": {"name": "ppo"}, "teacher": {}}
+        return parse_config({**config(model, model).model_dump(), **changes})
+
+    assert check_critic(ppo(None)) == check_critic(ppo(str(model))) == []
+    (line,) = check_critic(ppo("nobody/critic"))
+    assert line.startswith("critic.path='nobody/critic'")
+    with pytest.raises(ModelError, match=r"critic\.path='/nowhere/critic': there is no such folder"):
+        check_critic(ppo("/nowhere/critic"))
+
+
+def test_each_tokenizer_may_run_the_code_that_its_own_key_trusts(tmp_path, model, monkeypatch):
+    teacher, trusted = save(tmp_path / "teacher"), {}
+    load = AutoTokenizer.from_pretrained
+
+    def note(folder, trust_remote_code=False):
+        trusted[folder.name] = trust_remote_code
+        return load(folder)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", note)
+    both = config(model, teacher)
+    check_teacher(both.model_copy(update={"model": both.model.model_copy(update={"trust_remote_code": True})}))
+    assert trusted == {"model": True, "teacher": False}
 
 
 def test_paths_of_teacher_and_critic_do_not_depend_on_the_folder(tmp_path, model, monkeypatch):
