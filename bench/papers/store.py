@@ -99,7 +99,9 @@ class Store:
     def settle(self, arm: str, overrides: Sequence[str], job: str) -> None:
         """Note an arm's settings before its first run; raises SystemExit where it has runs with others."""
         path = self.folder / "settings.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"job": job, "arms": {}}
+        settings: dict[str, Any] = {"job": job, "arms": {}}
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
         known = settings["arms"].setdefault(arm, list(overrides))
         if known != list(overrides) or settings["job"] != job:
             raise SystemExit(
