@@ -257,11 +257,11 @@ class TestSchedules:
     def test_entropy_moves_by_steps_towards_its_goal(self):
         resolved = resolve({"name": "grpo", "entropy_goal": 0.2, "entropy_step": 0.01, "entropy_coef": 0.005})
         state, seen = resolved.initial_state(), []
-        for measured in (0.1, 0.15, 0.3, 0.3, 0.3, 0.2):
+        for measured in (0.1, 0.15, 0.2, 0.3, 0.3, 0.3):
             state = resolved.next_state(state, kl=0.0, entropy=measured, num_responses=8)
             seen.append((state.entropy, resolved.spec_at(0, state).entropy_coef))
-        # Above the goal the coefficient falls, not below 0, and does not act.
-        expected = [(0.015, 0.015), (0.025, 0.025), (0.015, 0.0), (0.005, 0.0), (0.0, 0.0), (0.0, 0.0)]
+        # At the goal it stays; above it falls, not below 0, and does not act.
+        expected = [(0.015, 0.015), (0.025, 0.025), (0.025, 0.025), (0.015, 0.0), (0.005, 0.0), (0.0, 0.0)]
         assert [x for pair in seen for x in pair] == pytest.approx([x for pair in expected for x in pair])
 
     def test_without_a_goal_the_entropy_bonus_stays(self):
