@@ -123,7 +123,7 @@ def check_kl(algorithm: "ResolvedAlgorithm", config: Config) -> None:
     if wanted.kl_coef is None and not term.coef:
         raise ConfigError(
             f"algorithm.kl_coef: missing; algorithm.kl={term.estimator} needs a coefficient, e.g. "
-            "algorithm.kl_coef=0.001 (0 switches the term off)."
+            "algorithm.kl_coef=0.001 (0: measured, not trained on)."
         )
     if term.schedule == "annealed" and not term.anneal:
         raise ConfigError(
