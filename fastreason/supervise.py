@@ -276,13 +276,19 @@ class Supervisor:
 
 
 def killed_rank(log_path: Path, start: int = 0) -> tuple[int, int] | None:
-    """The local rank that torch's elastic launcher saw ended by a signal first, and that signal; None where none was."""
+    """The local rank that a signal ended first, and that signal, as torch's elastic launcher saw it; None where none was.
+
+    Where it saw another rank fail before, one that had lost the killed rank, both are in its table. There SIGTERM is its own.
+    """
     try:
         text = log_path.read_bytes()[start:].decode(errors="replace")
     except FileNotFoundError:
         return None
     found = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) ", text)
-    return (int(found[2]), int(found[1])) if found else None
+    if found:
+        return int(found[2]), int(found[1])
+    listed = re.findall(r"\(local_rank: (\d+)\)\n\s*exitcode\s*: -(\d+) ", text)
+    return next(((int(rank), int(number)) for rank, number in listed if int(number) != signal.SIGTERM), None)
 
 
 def _in_words(member: str) -> str:

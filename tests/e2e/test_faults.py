@@ -1,7 +1,7 @@
 """Any part of a run is killed or stopped, at any phase: nothing is lost, nothing trained twice, and the figures stay the same.
 
 Launcher, engine server, producer, graders and trainer are real processes. `make test` does this with the deterministic
-engine, and three cells with vLLM (`test_faults_vllm.py`); `make test-faults` does all of it with vLLM too.
+engine, and three cells with vLLM (`test_vllm_faults.py`); `make test-faults` does all of it with vLLM too.
 """
 
 import json

@@ -301,6 +301,13 @@ def test_the_first_rank_to_die_is_read_from_this_starts_log(tmp_path):
     assert killed_rank(log, start) is None
     log.write_text(line.format(15, 0) + line.format(9, 2))
     assert killed_rank(log, start) == (2, 9) and killed_rank(log) == (0, 15)
+    # One that lost it was seen first: both are listed behind.
+    rows = "".join(
+        f"[{rank}]:\n  time      : today\n  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: 8)\n"
+        for rank, code in ((0, -15), (1, -9), (2, 1))
+    )
+    log.write_text(f"failed (exitcode: 1) local_rank: 2 (pid: 8) of binary: /bin/python\nFailures:\n{rows}")
+    assert killed_rank(log) == (1, 9)
     log.write_text("failed (exitcode: 1) local_rank: 0 (pid: 8) of binary: /bin/python\n")
     assert killed_rank(log) is None
 

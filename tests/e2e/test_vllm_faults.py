@@ -21,7 +21,7 @@ def test_vllm_that_dies_or_hangs_and_a_run_that_is_killed_lose_nothing(small_run
     through a file in a folder that the config names, as they would to another machine.
     """
     shared = {"transport": "file", "exchange_dir": str(tmp_path)}
-    striker = Striker(small_run, "vllm", staleness=0, hang_timeout_s=10.0, rollout=shared, steps=9, lr=1e-2)
+    striker = Striker(small_run, "vllm", staleness=0, hang_timeout_s=25.0, rollout=shared, steps=9, lr=1e-2)
     run = striker.run
     run.start()
     striker.strike("engine", signal.SIGKILL, "generate")
