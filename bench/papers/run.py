@@ -174,7 +174,8 @@ def main(arguments: Sequence[str] | None = None, trainer: Sequence[str] = TRAINE
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, stop)
+    # SIGINT too: what a shell starts in the background ignores it, and so would this.
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with runner.store.alone():
             complete = runner.make(runs, options.findings, options.json)
@@ -184,7 +185,8 @@ def main(arguments: Sequence[str] | None = None, trainer: Sequence[str] = TRAINE
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
