@@ -15,7 +15,7 @@ from striker import LIMIT_S, PHASES, VICTIMS, Striker
 
 from fastreason.ledger import read_ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 VLLM = [pytest.mark.faults, pytest.mark.vllm, pytest.mark.timeout(1800)]
 ENGINES = [pytest.param("fake", id="fake"), pytest.param("vllm", id="vllm", marks=VLLM)]

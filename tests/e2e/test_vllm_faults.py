@@ -10,7 +10,7 @@ from striker import LIMIT_S, Striker
 
 from fastreason.ledger import audit_ledger, read_ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.vllm
