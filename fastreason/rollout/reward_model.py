@@ -9,18 +9,14 @@ cross-encoders that compare two texts.
 import asyncio
 import difflib
 import math
-import os
 from collections.abc import Sequence
-from typing import Any
-
-import aiohttp
 
 from fastreason.config import RewardConfig
 from fastreason.errors import ConfigError, EngineError
+from fastreason.rollout.served_model import ServedModel
 
 KEY_VARIABLE = "FASTREASON_REWARD_MODEL_KEY"
-MAX_CONCURRENT = 64
-NUM_TRIES = 3
+ADVICE = {404: "Is it a vLLM server with a classification model (--runner pooling) of that name?"}
 
 
 class RewardModelClient:
@@ -33,14 +29,11 @@ class RewardModelClient:
         """`timeout_s` limits one request. Raises `ConfigError` without a URL."""
         if not config.reward_model_url:
             raise ConfigError("reward.reward_model_url: missing; the reward reward_model needs the URL of its server.")
-        url = config.reward_model_url.rstrip("/").removesuffix("/v1")
+        url = config.reward_model_url
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"reward.reward_model_url={config.reward_model_url!r}: write it as http://host:port.")
-        self.url = url
+            raise ConfigError(f"reward.reward_model_url={url!r}: write it as http://host:port.")
         self.model = config.reward_model_name
-        self.timeout_s = timeout_s
-        self._session: aiohttp.ClientSession | None = None
-        self._slots = asyncio.Semaphore(MAX_CONCURRENT)
+        self._server = ServedModel("reward model", "reward.reward_model_url", url, KEY_VARIABLE, ADVICE, timeout_s)
 
     async def __aenter__(self) -> "RewardModelClient":
         await self.start()
@@ -51,30 +44,15 @@ class RewardModelClient:
 
     async def start(self) -> None:
         """Check that the server answers and serves the model; raises `EngineError`."""
-        key = os.environ.get(KEY_VARIABLE)
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=self.timeout_s),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
-        try:
-            reply = await self._ask("GET", "/v1/models", None)
-            served = [str(item["id"]) for item in reply["data"]]
-        except (KeyError, TypeError) as error:
-            await self.close()
-            raise EngineError(
-                f"reward model at {self.url}: /v1/models answered in a form that is not vLLM's."
-            ) from error
-        except BaseException:
-            await self.close()
-            raise
+        served = await self._server.start()
         if self.model is not None and self.model not in served:
             await self.close()
             near = difflib.get_close_matches(self.model, served, n=1)
             raise EngineError(
-                f"reward.reward_model_name={self.model!r}: the server at {self.url} serves "
-                f"{', '.join(served) or 'nothing'}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                f"reward.reward_model_name={self.model!r}: the server at {self._server.url} serves "
+                f"{', '.join(served)}" + (f"; did you mean {near[0]!r}?" if near else ".")
             )
-        self.model = self.model or (served[0] if served else None)
+        self.model = self.model or served[0]
 
     async def score(self, messages: Sequence[dict[str, str]], texts: Sequence[str]) -> list[float]:
         """The score of each response to the conversation `messages`, in their order.
@@ -86,59 +64,23 @@ class RewardModelClient:
 
     async def close(self) -> None:
         """Close the connections. May be called twice."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        await self._server.close()
 
     async def _score_one(self, messages: Sequence[dict[str, str]], text: str) -> float:
         conversation = [*messages, {"role": "assistant", "content": text.encode("utf-8", "replace").decode()}]
-        async with self._slots:
-            reply = await self._ask("POST", "/classify", {"model": self.model, "messages": conversation})
+        reply = await self._server.ask("POST", "/classify", {"model": self.model, "messages": conversation})
         try:
             (item,) = reply["data"]
             probs = [float(value) for value in item["probs"]]
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
-                f"reward model at {self.url}: /classify answered {str(reply)[:300]!r}, without probs."
+                f"reward model at {self._server.url}: /classify answered {str(reply)[:300]!r}, without probs."
             ) from error
         if len(probs) not in (1, 2):
             raise EngineError(
-                f"reward model at {self.url}: {self.model} has {len(probs)} classes; a reward model has one, or two of "
+                f"reward model at {self._server.url}: {self.model} has {len(probs)} classes; a reward model has one, or two of "
                 "which the second is the good one. Serve another model."
             )
         if not math.isfinite(probs[-1]):
-            raise EngineError(f"reward model at {self.url}: the score is {probs[-1]}, not a finite number.")
+            raise EngineError(f"reward model at {self._server.url}: the score is {probs[-1]}, not a finite number.")
         return probs[-1]
-
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON answer; a server that cannot be reached or fails (5xx) is asked `NUM_TRIES` times."""
-        if self._session is None:
-            raise EngineError("the reward model's client is closed.")
-        problem = ""
-        for attempt in range(NUM_TRIES):
-            if attempt:
-                await asyncio.sleep(0.2 * 4 ** (attempt - 1))
-            try:
-                async with self._session.request(method, self.url + path, json=body) as response:
-                    if response.status == 200:
-                        return await response.json(content_type=None)
-                    said = (await response.text())[:300]
-                    problem = f"{path} answered {response.status}: {said}"
-                    if response.status < 500 and response.status != 429:
-                        raise EngineError(f"reward model at {self.url}: {problem} {_advice(response.status)}".rstrip())
-            except TimeoutError:
-                problem = f"{path} gave no answer within {self.timeout_s:g} s"
-            except (aiohttp.ClientError, ValueError) as error:
-                problem = f"{path}: {type(error).__name__}: {error}"
-        raise EngineError(
-            f"reward model at {self.url} (reward.reward_model_url): {problem}; tried {NUM_TRIES} times. "
-            "Check that the server runs and can be reached from here."
-        )
-
-
-def _advice(status: int) -> str:
-    if status in (401, 403):
-        return f"Set {KEY_VARIABLE} to the server's key."
-    if status == 404:
-        return "Is it a vLLM server with a classification model (--runner pooling) of that name?"
-    return ""

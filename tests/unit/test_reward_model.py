@@ -9,7 +9,7 @@ from aiohttp import web
 
 from fastreason.config import RewardConfig
 from fastreason.errors import ConfigError, EngineError
-from fastreason.rollout import reward_model
+from fastreason.rollout import served_model
 from fastreason.rollout.reward_model import RewardModelClient
 
 QUESTION = [{"role": "system", "content": "S"}, {"role": "user", "content": "What is 3 + 4?"}]
@@ -164,7 +164,7 @@ def test_unusable_answers(body: str, message: str) -> None:
 
 
 def test_a_silent_server_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_model, "NUM_TRIES", 1)
+    monkeypatch.setattr(served_model, "NUM_TRIES", 1)
 
     async def use(server: Server, url: str) -> None:
         async def sleep(text: str) -> web.Response:
@@ -180,7 +180,7 @@ def test_a_silent_server_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_model, "NUM_TRIES", 1)
+    monkeypatch.setattr(served_model, "NUM_TRIES", 1)
     with pytest.raises(ConfigError, match=r"reward\.reward_model_url: missing"):
         RewardModelClient(RewardConfig())
     with pytest.raises(ConfigError, match="http://host:port"):
