@@ -8,6 +8,7 @@ import base64
 import pickle
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ class Publisher:
         return WeightUpdate(path=str(path), version=version, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
 
 
-class StagedPublisher:
+class StagedPublisher(ABC):
     """Keeps one copy of the weights on the trainer's GPU, from which engines take them as often as they are restarted.
 
     A subclass says in `_offer` what vLLM needs to take it. An engine must not take weights while the next version is being
@@ -86,8 +87,8 @@ class StagedPublisher:
         ).write(path)
         return WeightUpdate(path=str(path), version=version, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
 
-    def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]: ...
 
 
 class HandlePublisher(StagedPublisher):

@@ -66,8 +66,8 @@ def server_environment(
     """What the server gets through its environment beside the key: the exchange folder, and vLLM's own settings."""
     environment = {
         EXCHANGE_VARIABLE: exchange_dir,
-        "TMPDIR": temporary_dir
-        or exchange_dir,  # its processes leave sockets and files there: private, and removed at the end
+        # Its processes leave sockets and files there: private, and removed at the end.
+        "TMPDIR": temporary_dir or exchange_dir,
         "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /pause, /resume: guarded by the middleware
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

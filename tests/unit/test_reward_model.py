@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from web_server import with_web_server
 
 from fastreason.config import RewardConfig
 from fastreason.errors import ConfigError, EngineError
@@ -44,21 +45,9 @@ class Server:
 
 
 def with_server(use: Callable[[Server, str], Awaitable[None]]) -> None:
-    async def run() -> None:
-        server = Server()
-        app = web.Application()
-        app.router.add_get("/v1/models", server.models)
-        app.router.add_post("/classify", server.classify)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        try:
-            await use(server, f"http://127.0.0.1:{runner.addresses[0][1]}")
-        finally:
-            await runner.cleanup()
-
-    asyncio.run(asyncio.wait_for(run(), 30))
+    server = Server()
+    routes = [web.get("/v1/models", server.models), web.post("/classify", server.classify)]
+    with_web_server(routes, lambda url: use(server, url))
 
 
 def config(url: str | None, name: str | None = "judge") -> RewardConfig:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from aiohttp import web
+from web_server import with_web_server
 
 from fastreason.errors import EngineError
 from fastreason.rollout.teacher import TeacherClient
@@ -36,20 +37,9 @@ class Server:
 
 
 def with_server(use):
-    async def run():
-        server, app = Server(), web.Application()
-        app.router.add_get("/v1/models", server.models)
-        app.router.add_post("/v1/completions", server.completions)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        try:
-            await use(server, f"http://127.0.0.1:{runner.addresses[0][1]}")
-        finally:
-            await runner.cleanup()
-
-    asyncio.run(asyncio.wait_for(run(), 30))
+    server = Server()
+    routes = [web.get("/v1/models", server.models), web.post("/v1/completions", server.completions)]
+    with_web_server(routes, lambda url: use(server, url))
 
 
 async def scored(url, *responses, prompt=(1, 2, 3)):
