@@ -21,6 +21,7 @@ examples:
   fastreason train configs/quickstart.yaml --only rollout run.name=try
   fastreason train configs/quickstart.yaml --only train --groups runs/try/groups eval.num_prompts=0
   fastreason report run runs/try
+  fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
   fastreason doctor configs/quickstart.yaml
 """
 
@@ -55,9 +56,45 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine, and a config against it")
     doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    add_data_parser(commands)
     process = commands.add_parser("_process")
     process.add_argument("name", choices=["producer", "trainer", "collector"])
     return parser
+
+
+def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    data = commands.add_parser("data", help="prepare data: prompts, positives and pairs from raw data sets")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
+    openr1 = kinds.add_parser("openr1", help="positives and pairs from rows with several verified generations")
+    math = kinds.add_parser("math", help="prompts from MATH: answers from the last \\boxed{} of the solutions")
+    prompts = kinds.add_parser("prompts", help="prompts from GSM8K, NuminaMath, DeepScaleR, MATH: told by the columns")
+    for parser in (openr1, math, prompts):
+        parser.add_argument(
+            "input", nargs="+", metavar="INPUT", help="parquet / JSON Lines files, a folder, or a hub name"
+        )
+        parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument("--overwrite", action="store_true", help="replace what DIR already holds")
+        parser.add_argument(
+            "--tokenizer", metavar="FOLDER", help="folder of the model's tokenizer; without it no limits"
+        )
+        parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default with a tokenizer: 800")
+        parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="evaluation sets to look for")
+        parser.add_argument("--drop-contaminated", action="store_true", help="drop rows that share 8 words in a row")
+        parser.add_argument(
+            "--limit", type=int, metavar="N", help="take only so many rows, of openr1 after the shuffle"
+        )
+        parser.add_argument("--allow-download", action="store_true", help="let a hub data set be downloaded")
+        parser.add_argument("--hub-config", metavar="NAME", help="configuration of a hub data set")
+        parser.add_argument("--split", default="train", metavar="NAME", help="split of a hub data set; default: train")
+    openr1.add_argument(
+        "--verifiers", choices=["both", "either", "regrade"], default="both", help="who must call a response right"
+    )
+    openr1.add_argument("--max-response-tokens", type=int, metavar="N", help="default with a tokenizer: 19000")
+    openr1.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the shuffle; default: 42")
+    openr1.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="where a role's column is")
+    openr1.add_argument("--workers", type=int, default=2, metavar="N", help="regrade: grader processes; default: 2")
+    math.set_defaults(shape="math")
+    prompts.add_argument("--shape", choices=["gsm8k", "deepscaler", "numina", "math"], help="default: by the columns")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         commands = {"train": train_command, "report": report_command, "doctor": doctor_command}
+        commands["data"] = data_command
         if options.command in commands:
             return commands[options.command](options)
         from fastreason.compose import run_process
@@ -184,6 +222,21 @@ def report_command(options: argparse.Namespace) -> int:
     from fastreason.report.run import report_run
 
     report_run(Path(options.run), Path(options.out) if options.out else None)
+    return 0
+
+
+def data_command(options: argparse.Namespace) -> int:
+    from fastreason.data.prepare import prepare_openr1, prepare_prompts
+
+    if options.kind != "openr1":
+        prepare_prompts(options)
+    elif options.verifiers == "regrade":
+        from fastreason.rollout.regrading import Regrader
+
+        with Regrader(options.workers) as grader:
+            prepare_openr1(options, grader)
+    else:
+        prepare_openr1(options, None)
     return 0
 
 
