@@ -79,7 +79,14 @@ def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         )
         parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default with a tokenizer: 800")
         parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="evaluation sets to look for")
-        parser.add_argument("--drop-contaminated", action="store_true", help="drop rows that share 8 words in a row")
+        parser.add_argument(
+            "--drop-contaminated",
+            nargs="?",
+            type=float,
+            const=0.0,
+            metavar="SHARE",
+            help="drop rows with this share of an evaluation problem's word 8-grams; without SHARE: with any",
+        )
         parser.add_argument(
             "--limit", type=int, metavar="N", help="take only so many rows, of openr1 after the shuffle"
         )

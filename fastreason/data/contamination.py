@@ -1,33 +1,40 @@
-"""Which problems of the evaluation sets are in the training data: by equal text, and by a shared word 8-gram.
+"""Which problems of the evaluation sets are in the training data: by equal text, and by shared word 8-grams.
 
-Words are what white space separates in `normalise_text` (NFC, case folded): punctuation and LaTeX stay part of them, as
-in Open-R1's decontamination, whose 8-grams REDI (arXiv 2505.24850) reports. A shared 8-gram is a suspicion: stock
-phrases ("find the number of positive integers less than") share them too. Nothing is dropped here.
+Words are runs of letters and digits in `normalise_text` (NFC, case folded): punctuation, braces and the spacing of LaTeX do
+not count, for the same problem is often set differently. 8-grams are what REDI (arXiv 2505.24850) reports. One shared
+8-gram is only a suspicion, since stock phrases ("what is the probability that the product of") share it too; so a match
+also has its `share`, the part of the evaluation problem's 8-grams that the row holds. Nothing is dropped here.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastreason.data.order import normalise_text
-from fastreason.data.raw_rows import open_rows
+from fastreason.data.raw_rows import RawRow, open_rows
 from fastreason.errors import DataError
 
 NGRAM_WORDS = 8
+HALF = 0.5
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ID_COLUMNS = ("id", "unique_id", "uuid")
+_WORD = re.compile(r"[^\W_]+")
+
+Place = tuple[int, int]
+"""An evaluation problem: the number of its set, and its own number in it."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A problem of an evaluation set that a text matches: the set's file, the problem's id, equal text or the 8-gram."""
+    """The evaluation problem of a set that a row holds most of: `share` of its 8-grams, 1 where the text is the same."""
 
     against: str
     id: str
     same_text: bool
-    ngram: str | None
+    share: float
 
 
 @dataclass
@@ -35,18 +42,28 @@ class EvaluationSet:
     """One file of evaluation problems, and what was found of it in the training data so far."""
 
     path: Path
-    num_problems: int = 0
+    ids: list[str] = field(default_factory=list)
+    num_ngrams: list[int] = field(default_factory=list)
     num_same_text: int = 0
     num_ngram: int = 0
+    num_half: int = 0
     found: set[str] = field(default_factory=set)
 
+    def count(self, match: Match) -> None:
+        self.num_same_text += match.same_text
+        self.num_ngram += 1
+        self.num_half += match.share >= HALF
+        if match.share >= HALF:
+            self.found.add(match.id)
+
     def report(self) -> dict[str, Any]:
-        """Counts of training rows that match, and the ids of the evaluation problems that they match."""
+        """How many training rows match, and the ids of the problems of which a row holds half the 8-grams or more."""
         return {
             "file": str(self.path),
-            "problems": self.num_problems,
+            "problems": len(self.ids),
             "rows_with_same_text": self.num_same_text,
-            f"rows_with_shared_{NGRAM_WORDS}gram": self.num_ngram,
+            "rows_with_shared_8gram": self.num_ngram,
+            "rows_with_half_of_8grams": self.num_half,
             "problems_found": sorted(self.found),
         }
 
@@ -57,31 +74,32 @@ class Contamination:
     def __init__(self, files: Sequence[str]) -> None:
         """Read the sets; raises `DataError` for a file without a problem column, or one that cannot be read."""
         self.sets = [EvaluationSet(Path(file)) for file in files]
-        self._texts: dict[str, dict[int, str]] = defaultdict(dict)
-        self._ngrams: dict[str, dict[int, str]] = defaultdict(dict)
+        self._texts: dict[str, dict[int, int]] = defaultdict(dict)
+        self._ngrams: dict[str, list[Place]] = defaultdict(list)
         for index, evaluation in enumerate(self.sets):
             self._add(index, evaluation)
 
     def find(self, text: str) -> list[Match]:
-        """At most one match of a training problem with each set, equal text before a shared 8-gram; counts it.
+        """At most one match of a training problem with each set, the closest; counts it.
 
         A problem shorter than 8 words can only match by its whole text.
         """
-        words = normalise_text(text).split()
+        if not self.sets:
+            return []
+        words = _words(text)
         same = self._texts.get(" ".join(words), {})
-        shared: dict[int, tuple[str, str]] = {}
-        for ngram in _ngrams(words):
-            for index, id in self._ngrams.get(ngram, {}).items():
-                shared.setdefault(index, (id, ngram))
+        held = Counter(place for ngram in _ngrams(words) for place in self._ngrams.get(ngram, ()))
+        best = {index: (1.0, number) for index, number in same.items()}
+        for (index, number), count in sorted(held.items()):
+            share = count / self.sets[index].num_ngrams[number]
+            if index not in same and share > best.get(index, (0.0, 0))[0]:
+                best[index] = share, number
         matches = []
-        for index in sorted(same.keys() | shared.keys()):
+        for index, (share, number) in sorted(best.items()):
             evaluation = self.sets[index]
-            id, ngram = shared.get(index, (None, None))
-            found = same.get(index) or str(id)
-            matches.append(Match(str(evaluation.path), found, index in same, ngram))
-            evaluation.num_same_text += index in same
-            evaluation.num_ngram += index in shared
-            evaluation.found.add(found)
+            match = Match(str(evaluation.path), evaluation.ids[number], index in same, round(share, 3))
+            evaluation.count(match)
+            matches.append(match)
         return matches
 
     def report(self) -> list[dict[str, Any]]:
@@ -93,20 +111,37 @@ class Contamination:
         column = next((name for name in PROBLEM_COLUMNS if name in columns), None)
         if column is None:
             raise DataError(
-                f"--against {evaluation.path}: no column {' or '.join(PROBLEM_COLUMNS)}; it has: {', '.join(columns)}. "
-                "Rename the one with the problems."
+                f"--against {evaluation.path}: no column {' or '.join(PROBLEM_COLUMNS)}. There are: "
+                f"{', '.join(columns)}. Rename the one with the problems."
             )
-        for row in rows.read():
-            problem = row.columns.get(column) if isinstance(row.columns, dict) else None
-            if not isinstance(problem, str) or not isinstance(row.columns, dict):
-                raise DataError(f"--against {evaluation.path}: {row.place} has no text in {column!r}. Repair it.")
-            id = next((str(row.columns[name]) for name in ID_COLUMNS if row.columns.get(name)), str(row.number))
-            words = normalise_text(problem).split()
-            self._texts[" ".join(words)].setdefault(index, id)
-            for ngram in _ngrams(words):
-                self._ngrams[ngram].setdefault(index, id)
-            evaluation.num_problems += 1
+        for number, row in enumerate(rows.read()):
+            id, problem = _problem(row, column, evaluation.path)
+            words = _words(problem)
+            ngrams = _ngrams(words)
+            evaluation.ids.append(id)
+            evaluation.num_ngrams.append(len(ngrams))
+            self._texts[" ".join(words)].setdefault(index, number)
+            for ngram in ngrams:
+                self._ngrams[ngram].append((index, number))
 
 
-def _ngrams(words: Sequence[str]) -> Iterator[str]:
-    return map(" ".join, zip(*(words[start:] for start in range(NGRAM_WORDS)), strict=False))
+def too_close(matches: Sequence[Match], share: float | None) -> bool:
+    """Whether a row is to be dropped: it holds at least `share` of an evaluation problem (None: never dropped)."""
+    return share is not None and any(match.share >= share for match in matches)
+
+
+def _problem(row: RawRow, column: str, path: Path) -> tuple[str, str]:
+    """The id and the text of an evaluation problem."""
+    columns = row.columns if isinstance(row.columns, dict) else {}
+    problem = columns.get(column)
+    if not isinstance(problem, str):
+        raise DataError(f"--against {path}: {row.place} has no text in {column!r}. Repair it.")
+    return next((str(columns[name]) for name in ID_COLUMNS if columns.get(name)), str(row.number)), problem
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(normalise_text(text))
+
+
+def _ngrams(words: Sequence[str]) -> set[str]:
+    return set(map(" ".join, zip(*(words[start:] for start in range(NGRAM_WORDS)), strict=False)))

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from fastreason.data.columns import ColumnError, Columns, flags, optional_text, text, texts
-from fastreason.data.contamination import Contamination
+from fastreason.data.contamination import Contamination, too_close
 from fastreason.data.lengths import LengthCounter, Lengths
 from fastreason.data.preparation import CONTAMINATED, PreparedFolder, Progress, ShuffledLines, check_sum, json_line
 from fastreason.data.raw_rows import BATCH_ROWS, MAX_SHOWN, BadRow, RawRow, RawRows
@@ -56,14 +56,17 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says; `verifiers`: both labels must be true, one is enough, or our grader says."""
+    """What the command line says; `verifiers`: both labels must be true, one is enough, or our grader says.
+
+    `drop_share`: rows are dropped that hold this share of an evaluation problem's 8-grams; None: no row is.
+    """
 
     verifiers: str = "both"
     seed: int = 42
     limit: int | None = None
     max_prompt: int | None = None
     max_response: int | None = None
-    drop_contaminated: bool = False
+    drop_share: float | None = None
 
 
 @dataclass
@@ -227,7 +230,7 @@ class Preparation:
                 self.dropped["no_correct"] += 1
                 continue
             row.id = self._own_id(row)
-            if self._contaminated(row) and self._settings.drop_contaminated:
+            if self._contaminated(row):
                 self.dropped["contaminated"] += 1
             else:
                 kept.append(row)
@@ -237,7 +240,7 @@ class Preparation:
         matches = self._contamination.find(row.problem)
         for match in matches:
             self._folder.write(CONTAMINATED, {"id": row.id, "row": row.number, **asdict(match)})
-        return bool(matches)
+        return too_close(matches, self._settings.drop_share)
 
     def _write(self, rows: list[Traces], positives: ShuffledLines, pairs: ShuffledLines) -> None:
         """Write each row's positive, and its pair where there is one within the limits."""

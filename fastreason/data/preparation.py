@@ -161,10 +161,10 @@ def print_counts(lines: Iterable[tuple[str, int]]) -> None:
         print(f"{name:<44}{count:>12,}")
 
 
-def print_contamination(sets: Sequence[Mapping[str, Any]], ngram_words: int) -> None:
+def print_contamination(sets: Sequence[Mapping[str, Any]]) -> None:
     for evaluation in sets:
         print(
-            f"{evaluation['file']}: {evaluation['rows_with_same_text']} rows with the text of one of its "
-            f"{evaluation['problems']} problems, {evaluation[f'rows_with_shared_{ngram_words}gram']} that share "
-            f"{ngram_words} words in a row with one"
+            f"{evaluation['file']}, {evaluation['problems']} problems: {evaluation['rows_with_same_text']} rows have the "
+            f"text of one, {evaluation['rows_with_half_of_8grams']} at least half of its word 8-grams, "
+            f"{evaluation['rows_with_shared_8gram']} share one with it"
         )

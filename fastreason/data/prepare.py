@@ -31,7 +31,7 @@ def prepare_openr1(options: argparse.Namespace, grader: Grader | None) -> None:
         limit=options.limit,
         max_prompt=limits["prompt"],
         max_response=limits["response"],
-        drop_contaminated=_drop_contaminated(options),
+        drop_share=_drop_share(options),
     )
     with folder:
         work = Preparation(settings, columns, folder, counter, contamination, grader)
@@ -68,9 +68,7 @@ def prepare_prompts(options: argparse.Namespace) -> None:
     contamination = Contamination(options.against)
     counter, limits = _counter(options)
     with folder:
-        work = PromptPreparation(
-            shape, columns, folder, counter, contamination, limits["prompt"], _drop_contaminated(options)
-        )
+        work = PromptPreparation(shape, columns, folder, counter, contamination, limits["prompt"], _drop_share(options))
         work.run(rows, options.limit)
         report = {
             "command": f"data {options.kind}",
@@ -122,10 +120,15 @@ def _mapping(columns: list[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in columns)
 
 
-def _drop_contaminated(options: argparse.Namespace) -> bool:
-    if options.drop_contaminated and not options.against:
+def _drop_share(options: argparse.Namespace) -> float | None:
+    share = options.drop_contaminated
+    if share is None:
+        return None
+    if not options.against:
         raise DataError("--drop-contaminated: against what? Add --against FILE for each evaluation set.")
-    return bool(options.drop_contaminated)
+    if not 0 <= share <= 1:
+        raise DataError(f"--drop-contaminated {share:g}: a share lies in 0 (any 8 words in a row) to 1 (all of them).")
+    return float(share)
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def _finish(
 
 
 def _print_rest(report: Mapping[str, Any], options: argparse.Namespace) -> None:
-    print_contamination(report["contamination"]["sets"], NGRAM_WORDS)
+    print_contamination(report["contamination"]["sets"])
     if options.tokenizer is None:
         print("no --tokenizer: no limit of length was applied, and lengths.png counts characters")
     print(f"{report['rows_per_s']:,.0f} rows/s; written to {options.out}, with {REPORT} and {PICTURE}")

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from fastreason.data.columns import ColumnError, Columns, optional_text, text
-from fastreason.data.contamination import Contamination
+from fastreason.data.contamination import Contamination, too_close
 from fastreason.data.lengths import LengthCounter, Lengths
 from fastreason.data.order import normalise_text
 from fastreason.data.preparation import CONTAMINATED, PreparedFolder, Progress, check_sum
@@ -90,11 +90,11 @@ class PromptPreparation:
         counter: LengthCounter,
         contamination: Contamination,
         max_prompt: int | None,
-        drop_contaminated: bool,
+        drop_share: float | None,
     ) -> None:
         self._shape, self._columns, self._folder = SHAPES[shape], columns, folder
         self._counter, self._contamination = counter, contamination
-        self._max_prompt, self._drop_contaminated = max_prompt, drop_contaminated
+        self._max_prompt, self._drop_share = max_prompt, drop_share
         self._texts: set[int] = set()
         self._ids: set[int] = set()
         self.dropped = dict.fromkeys(DROPS, 0)
@@ -167,4 +167,4 @@ class PromptPreparation:
         matches = self._contamination.find(line["problem"])
         for match in matches:
             self._folder.write(CONTAMINATED, {"id": line["id"], "row": line["row"], **asdict(match)})
-        return "contaminated" if matches and self._drop_contaminated else None
+        return "contaminated" if too_close(matches, self._drop_share) else None
