@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 
 from fastreason.data.raw_rows import RawRow
 from fastreason.errors import DataError
@@ -149,6 +150,11 @@ class Progress:
 def json_line(row: Mapping[str, Any]) -> bytes:
     """One line of JSON Lines; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def text_key(text: str) -> int:
+    """64 bits by which equal texts are found without holding them."""
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def check_sum(num_in: int, dropped: Mapping[str, int], num_out: int) -> None:

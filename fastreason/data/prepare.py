@@ -21,6 +21,7 @@ MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 800, 19_000  # arXiv 2505.24850
 def prepare_openr1(options: argparse.Namespace, grader: Grader | None) -> None:
     """Write positives and pairs; `grader` where `--verifiers regrade` asks for one."""
     folder = PreparedFolder(Path(options.out), (POSITIVES, PAIRS), options.overwrite)
+    share = _drop_share(options)
     rows = _open(options)
     columns = check_columns(rows.column_names(), _mapping(options.columns), options.verifiers)
     contamination = Contamination(options.against)
@@ -31,7 +32,7 @@ def prepare_openr1(options: argparse.Namespace, grader: Grader | None) -> None:
         limit=options.limit,
         max_prompt=limits["prompt"],
         max_response=limits["response"],
-        drop_share=_drop_share(options),
+        drop_share=share,
     )
     with folder:
         work = Preparation(settings, columns, folder, counter, contamination, grader)
@@ -63,12 +64,13 @@ def prepare_openr1(options: argparse.Namespace, grader: Grader | None) -> None:
 def prepare_prompts(options: argparse.Namespace) -> None:
     """Write prompts."""
     folder = PreparedFolder(Path(options.out), (PROMPTS,), options.overwrite)
+    share = _drop_share(options)
     rows = _open(options)
     shape, columns = find_shape(rows.column_names(), options.shape)
     contamination = Contamination(options.against)
     counter, limits = _counter(options)
     with folder:
-        work = PromptPreparation(shape, columns, folder, counter, contamination, limits["prompt"], _drop_share(options))
+        work = PromptPreparation(shape, columns, folder, counter, contamination, limits["prompt"], share)
         work.run(rows, options.limit)
         report = {
             "command": f"data {options.kind}",

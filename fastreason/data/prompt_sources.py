@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from fastreason.data.columns import ColumnError, Columns, optional_text, text
 from fastreason.data.contamination import Contamination, too_close
 from fastreason.data.lengths import LengthCounter, Lengths
 from fastreason.data.order import normalise_text
-from fastreason.data.preparation import CONTAMINATED, PreparedFolder, Progress, check_sum
+from fastreason.data.preparation import CONTAMINATED, PreparedFolder, Progress, check_sum, text_key
 from fastreason.data.raw_rows import BATCH_ROWS, MAX_SHOWN, BadRow, RawRow, RawRows
 from fastreason.errors import DataError
 from fastreason.rewards.extract import last_boxed
@@ -157,11 +156,11 @@ class PromptPreparation:
         """The filter that drops a problem, after those that need its text alone."""
         if self._max_prompt is not None and length > self._max_prompt:
             return "prompt_too_long"
-        key = xxhash.xxh3_64_intdigest(normalise_text(line["problem"]))
+        key = text_key(normalise_text(line["problem"]))
         if key in self._texts:
             return "repeated"
         self._texts.add(key)
-        while (number := xxhash.xxh3_64_intdigest(line["id"])) in self._ids:
+        while (number := text_key(line["id"])) in self._ids:
             line["id"] = f"{line['id']}#{line['row']}"
         self._ids.add(number)
         matches = self._contamination.find(line["problem"])

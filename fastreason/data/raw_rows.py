@@ -6,7 +6,7 @@ becomes of it, the caller says. A file that cannot be read at all is an error. I
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +96,11 @@ def open_rows(
     shown = ", ".join(inputs)
     if len(inputs) == 1 and _may_be_hub_name(inputs[0]):
         return RawRows([_HubTable(inputs[0], hub_config, split, allow_download)], shown)
-    readers = {".parquet": _ParquetFile, ".jsonl": _JsonLinesFile, ".json": _JsonFile}
+    readers: dict[str, Callable[[Path], RawTable]] = {
+        ".parquet": _ParquetFile,
+        ".jsonl": _JsonLinesFile,
+        ".json": _JsonFile,
+    }
     tables: list[RawTable] = []
     for path in itertools.chain.from_iterable(_files(Path(item)) for item in inputs):
         if path.suffix.lower() not in readers:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from fastreason.config import RewardConfig
+from fastreason.errors import ConfigError
 from fastreason.rollout.graders import GraderPool
 from fastreason.types import Prompt
 
@@ -13,6 +14,9 @@ class Regrader:
     """`with Regrader(workers) as grader`: the reward `math`, as in training, with its deadline for each response."""
 
     def __init__(self, workers: int) -> None:
+        """Starts nothing yet; raises `ConfigError` for fewer than one process."""
+        if workers < 1:
+            raise ConfigError(f"--workers {workers}: give at least 1.")
         self._pool = GraderPool(RewardConfig(workers=workers))
         self._runner = asyncio.Runner()
         self._started = False

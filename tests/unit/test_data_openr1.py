@@ -189,6 +189,7 @@ def test_a_hub_name_that_is_not_there_says_what_to_do(capsys, tmp_path) -> None:
         ({}, ["--columns", "llama"], "--columns llama: write role=column"),
         ({}, ["--columns", "generations="], "--columns generations=: it is needed"),
         ({}, ["--limit", "0"], "--limit 0: give at least 1"),
+        ({}, ["--verifiers", "regrade", "--workers", "0"], "--workers 0: give at least 1"),
         ({}, ["--drop-contaminated"], "--drop-contaminated: against what?"),
         ({}, ["--drop-contaminated", "5", "--against", str(FIXTURE)], "--drop-contaminated 5: a share lies in 0"),
         ({}, ["--against", "/none.jsonl"], "/none.jsonl does not exist"),
