@@ -32,7 +32,7 @@ class Match:
     """The evaluation problem of a set that a row holds most of: `share` of its 8-grams, 1 where the text is the same."""
 
     against: str
-    id: str
+    problem_id: str
     same_text: bool
     share: float
 
@@ -54,7 +54,7 @@ class EvaluationSet:
         self.num_ngram += 1
         self.num_half += match.share >= HALF
         if match.share >= HALF:
-            self.found.add(match.id)
+            self.found.add(match.problem_id)
 
     def report(self) -> dict[str, Any]:
         """How many training rows match, and the ids of the problems of which a row holds half the 8-grams or more."""

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared_data import lines, save_word_tokenizer, write
 
 from fastreason import cli
 from fastreason.config import DataConfig
 from fastreason.data import load_problems
 from fastreason.data.contamination import Contamination
+from fastreason.data.lengths import Lengths
 
 FOLDER = Path(os.environ.get("FASTREASON_DATA", "/nonexistent"))
 needs_real = pytest.mark.skipif(
@@ -18,13 +20,10 @@ needs_real = pytest.mark.skipif(
 )
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than everything else."""
+    monkeypatch.setattr(Lengths, "draw", lambda *_: None)
 
 
 def prepare(
@@ -83,18 +82,12 @@ def test_every_filter_drops_its_row_and_the_counts_add_up(capsys, tmp_path) -> N
 
 
 def test_long_prompts_are_dropped_as_training_renders_them(capsys, tmp_path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
     # Two words more than the problem.
-    tokenizer.chat_template = "user {% for m in messages %}{{ m.content }}{% endfor %} assistant"
-    tokenizer.save_pretrained(tmp_path / "words")
+    template = "user {% for m in messages %}{{ m.content }}{% endfor %} assistant"
+    words = save_word_tokenizer(tmp_path / "words", template)
     path = write(tmp_path / "a.jsonl", [{"problem": "one two three", "answer": 1}, {"problem": "one two", "answer": 1}])
     for most, kept in ((5, 2), (4, 1)):
-        limits = ["--tokenizer", tmp_path / "words", "--max-prompt-tokens", most]
+        limits = ["--tokenizer", words, "--max-prompt-tokens", most]
         report, _ = prepare(capsys, tmp_path / str(most), path, *limits)
         assert report["prompts"] == kept and report["dropped"]["prompt_too_long"] == 2 - kept
     assert report["lengths"]["prompt"]["max"] == 4
@@ -136,14 +129,14 @@ def test_what_counts_as_the_same_text_and_as_a_shared_8gram(tmp_path) -> None:
     rows = [{"id": "long", "problem": "a b c $d$ e f g h i"}, {"id": "short", "question": "", "problem": "x y"}]
     rows.append({"id": "longer", "problem": "b c d e f g h i j k l m n"})
     found = Contamination([str(write(tmp_path / "e.jsonl", rows))])
-    assert [(m.id, m.same_text, m.share) for m in found.find("A  b c,\nd e f g h i?")] == [("long", True, 1.0)]
+    assert [(m.problem_id, m.same_text, m.share) for m in found.find("A  b c,\nd e f g h i?")] == [("long", True, 1.0)]
     # Each has one of two, and one of six 8-grams.
-    assert [(m.id, m.same_text, m.share) for m in found.find("z b c d e f g h i z")] == [("long", False, 0.5)]
-    assert [(m.id, m.share) for m in found.find("z b c d e f g h i j k z")] == [("long", 0.5)]
-    assert [(m.id, m.share) for m in found.find("z b c d e f g h i j k l m z")] == [("longer", 0.833)]
-    assert [(m.id, m.share) for m in found.find("z c d e f g h i j z")] == [("longer", 0.167)]
+    assert [(m.problem_id, m.same_text, m.share) for m in found.find("z b c d e f g h i z")] == [("long", False, 0.5)]
+    assert [(m.problem_id, m.share) for m in found.find("z b c d e f g h i j k z")] == [("long", 0.5)]
+    assert [(m.problem_id, m.share) for m in found.find("z b c d e f g h i j k l m z")] == [("longer", 0.833)]
+    assert [(m.problem_id, m.share) for m in found.find("z c d e f g h i j z")] == [("longer", 0.167)]
     assert found.find("b c d e f g h z") == [], "seven words in a row"
-    assert [(m.id, m.same_text) for m in found.find("X: Y.")] == [("short", True)]
+    assert [(m.problem_id, m.same_text) for m in found.find("X: Y.")] == [("short", True)]
     assert found.find("x y z") == [], "a short problem is found by its whole text only"
     (report,) = found.report()
     assert report | {"file": ""} == {
@@ -154,13 +147,17 @@ def test_what_counts_as_the_same_text_and_as_a_shared_8gram(tmp_path) -> None:
 
 @needs_real
 @pytest.mark.parametrize(
-    ("name", "rows", "kept", "repeated"),
-    [("math_train", 7500, 7491, 7), ("gsm8k_train", 7473, 7473, 0), ("deepscaler_level1", 7961, 7961, 0)],
+    ("name", "rows", "no_answer", "repeated", "same_text", "half"),
+    [("math_train", 7500, 2, 1, 1, 57), ("gsm8k_train", 7473, 0, 0, 0, 0), ("deepscaler_level1", 7961, 0, 201, 1, 19)],
 )
-def test_real_sources_become_prompts(name, rows, kept, repeated, capsys, tmp_path) -> None:
+def test_real_sources_become_prompts(name, rows, no_answer, repeated, same_text, half, capsys, tmp_path) -> None:
     path, against = FOLDER / f"{name}.jsonl", FOLDER / "math500.jsonl"
     if not (path.is_file() and against.is_file()):
         pytest.skip(f"FASTREASON_DATA has no {name}.jsonl or no math500.jsonl")
     report, _ = prepare(capsys, tmp_path / name, path, "--against", against)
-    print(name, report["rows"], report["prompts"], report["dropped"], report["contamination"], report["rows_per_s"])
-    assert (report["rows"], report["prompts"], report["dropped"]["repeated"]) == (rows, kept, repeated)
+    print(f"{name}: {report['rows_per_s']:.0f} rows/s")
+    dropped = {filter: number for filter, number in report["dropped"].items() if number}
+    assert dropped == {key: n for key, n in (("no_answer", no_answer), ("repeated", repeated)) if n}
+    assert report["rows"] == rows and report["prompts"] == rows - no_answer - repeated
+    (found,) = report["contamination"]["sets"]
+    assert (found["rows_with_same_text"], found["rows_with_half_of_8grams"]) == (same_text, half)
