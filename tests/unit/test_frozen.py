@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from fastreason_kernels import PolicyLossSpec
+from fastreason_kernels.testing import assert_no_worse
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastreason.errors import ModelError
@@ -165,6 +166,25 @@ def test_the_largest_are_found_chunk_by_chunk(monkeypatch):
     expected = ((hidden @ weight.T + bias) / 0.5).log_softmax(-1).topk(4)
     assert torch.equal(ids, expected.indices)
     torch.testing.assert_close(logp, expected.values)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_largest_of_bf16_weights_are_as_good_as_fp32_products(monkeypatch, with_bias):
+    """Rounded to bf16, logits of this size would be off by some hundredths, and the likeliest tokens be others."""
+    monkeypatch.setattr("fastreason.frozen.CHUNK_BYTES", 4 * 3000 * 5)
+    torch.manual_seed(0)
+    weight = (torch.randn(3000, 64) * 2).bfloat16()
+    hidden, bias = torch.randn(12, 64).bfloat16(), torch.randn(3000).bfloat16() if with_bias else None
+
+    def whole(dtype):
+        logits = torch.nn.functional.linear(*(None if x is None else x.to(dtype) for x in (hidden, weight, bias)))
+        return (logits / 0.7).log_softmax(-1)
+
+    ids, logp = largest(hidden, weight, bias, 0.7, 8)
+    expected = whole(torch.float64).topk(8)
+    assert logp.dtype == torch.float32 and torch.equal(ids, expected.indices)
+    eager = whole(torch.float32).gather(1, ids)
+    assert_no_worse("top-k logp", logp, eager, expected.values, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("kl", ["k2", "k3"])
