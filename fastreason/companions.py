@@ -40,11 +40,14 @@ def teacher_model(config: Config) -> ModelConfig:
 
 
 def ends_of_one_model(session: Session, config: Config, algorithm: ResolvedAlgorithm) -> frozenset[int]:
-    """Ends of a response that policy and teacher do not share; raises ConfigError where their vocabularies differ."""
+    """Ends of a response that policy and teacher do not share.
+
+    Raises ConfigError where their vocabularies differ. Of a teacher on the hub it fetches the tokenizer alone.
+    """
     if algorithm.kl.estimator == "none" or algorithm.kl.target != "teacher":
         return frozenset()
     with described_by("teacher.path"):
-        folder = resolve_model(teacher_model(config))
+        folder = resolve_model(teacher_model(config), weights=False)
     return check_same_vocabulary(
         Path(session.model_dir),
         folder,

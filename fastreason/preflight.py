@@ -81,6 +81,8 @@ def check_teacher(config: Config) -> list[str]:
     teacher = config.teacher
     if teacher.path is None or teacher.path == config.model.path:
         return []
+    with described_by("teacher.path"):
+        unchecked = check_model(teacher_model(config), weights=teacher.where == "trainer")
     if Path(teacher.path).is_dir() and Path(config.model.path).is_dir():
         check_same_vocabulary(
             Path(config.model.path),
@@ -89,8 +91,6 @@ def check_teacher(config: Config) -> list[str]:
             trust_teacher_code=teacher.trust_remote_code,
         )
         return []
-    with described_by("teacher.path"):
-        unchecked = check_model(teacher_model(config))
     unchecked = [line.replace("model.path", "teacher.path") for line in unchecked]
     return [*unchecked, f"teacher.path={teacher.path!r}: its tokenizer against that of model.path"]
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from fnmatch import fnmatch
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -63,7 +64,58 @@ def test_a_hub_name_is_unchecked_and_not_downloaded_unless_allowed():
 
 def test_a_hub_name_in_the_cache_needs_no_download(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_hub_snapshot", lambda name: tmp_path if name == "a/b" else None)
+    (tmp_path / "model.safetensors").touch()
     assert check_model(model("a/b")) == [] and resolve_model(model("a/b")) == tmp_path
+
+
+class Hub(ModuleType):
+    """Answers every download with one folder, and keeps what was asked for."""
+
+    def __init__(self, folder):
+        super().__init__("huggingface_hub")
+        self.folder, self.asked = folder, []
+
+    def snapshot_download(self, name, allow_patterns):
+        self.asked.append((name, allow_patterns))
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "downloaded")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
+def matched(patterns):
+    names = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "model-00001-of-2.safetensors", "x.bin"]
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def test_a_tokenizer_is_downloaded_without_the_weights(hub):
+    assert resolve_model(model("a/b", allow_download=True), weights=False) == hub.folder
+    assert resolve_model(model("a/b", allow_download=True)) == hub.folder
+    (small, whole) = [matched(patterns) for _, patterns in hub.asked]
+    assert small == ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt"]
+    assert whole == [*small, "model-00001-of-2.safetensors"]
+
+
+def test_a_cached_tokenizer_is_no_cached_model(tmp_path, monkeypatch, hub):
+    """Where only the small files came before, the weights are still to be fetched: all of them."""
+    cached = model_folder(tmp_path / "cached")
+    monkeypatch.setattr(models, "_hub_snapshot", lambda name: cached)
+    for files in ([], ["model.safetensors.index.json"], ["model-1.safetensors"]):
+        for name in files:
+            (cached / name).write_text(
+                json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+            )
+        assert resolve_model(model("a/b"), weights=False) == cached and check_model(model("a/b"), weights=False) == []
+        assert len(check_model(model("a/b"))) == 1
+        with pytest.raises(ModelError, match=r"nor, with all of its weights, in the local hub cache"):
+            resolve_model(model("a/b"))
+    assert resolve_model(model("a/b", allow_download=True)) == hub.folder
+    (cached / "model-2.safetensors").touch()
+    assert resolve_model(model("a/b")) == cached and check_model(model("a/b")) == [] and len(hub.asked) == 1
 
 
 def test_a_download_that_fails_names_the_key(monkeypatch):

@@ -1,11 +1,15 @@
 """Whether two models speak the same tokens, by their tokenizers on disk."""
 
 import json
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fastreason.algorithms import resolve_algorithm
+from fastreason.companions import ends_of_one_model, load_target
 from fastreason.config import parse_config
 from fastreason.errors import ConfigError, ModelError
 from fastreason.preflight import anchor_paths, check_critic, check_teacher
@@ -107,6 +111,26 @@ def test_preflight_looks_for_the_critic_too(tmp_path, model):
     assert line.startswith("critic.path='nobody/critic'")
     with pytest.raises(ModelError, match=r"critic\.path='/nowhere/critic': there is no such folder"):
         check_critic(ppo("/nowhere/critic"))
+
+
+@pytest.mark.parametrize("where", ["server", "trainer"])
+def test_tokenizers_are_compared_without_a_teachers_weights(tmp_path, model, monkeypatch, where):
+    """Of a teacher on the hub nothing else is fetched before they are known to be equal; a server's weights never."""
+    teacher, asked = save(tmp_path / "teacher"), []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        return str(teacher)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("fastreason.models._hub_snapshot", lambda name: None)
+    served = {"where": "server", "url": "http://u"} if where == "server" else {}
+    taught = config(model, "nobody/teacher", allow_download=True, **served)
+    algorithm, session = resolve_algorithm(taught), SimpleNamespace(model_dir=str(model))
+    assert ends_of_one_model(session, taught, algorithm) == frozenset()
+    assert len(asked) == 1 and not [pattern for pattern in asked[0] if fnmatch("model.safetensors", pattern)]
+    if where == "server":
+        assert load_target(session, taught, algorithm, None, len(WORDS)) is None and len(asked) == 1
 
 
 def test_each_tokenizer_may_run_the_code_that_its_own_key_trusts(tmp_path, model, monkeypatch):
