@@ -15,7 +15,7 @@ from fastreason.config import Config, ModelConfig, num_updates
 from fastreason.critic import Critic, load_value_model
 from fastreason.errors import ModelError
 from fastreason.frozen import FrozenModel, load_frozen
-from fastreason.models import resolve_model
+from fastreason.models import max_model_len, read_model_config, resolve_model
 from fastreason.session import Session
 from fastreason.vocabulary import check_same_vocabulary
 
@@ -42,12 +42,14 @@ def teacher_model(config: Config) -> ModelConfig:
 def ends_of_one_model(session: Session, config: Config, algorithm: ResolvedAlgorithm) -> frozenset[int]:
     """Ends of a response that policy and teacher do not share.
 
-    Raises ConfigError where their vocabularies differ. Of a teacher on the hub it fetches the tokenizer alone.
+    Raises ConfigError where their vocabularies differ, or the teacher's positions end before a response can. Of a teacher on
+    the hub it fetches the tokenizer alone.
     """
     if algorithm.kl.estimator == "none" or algorithm.kl.target != "teacher":
         return frozenset()
     with described_by("teacher.path"):
         folder = resolve_model(teacher_model(config), weights=False)
+        max_model_len(config, read_model_config(folder), "teacher.path")
     return check_same_vocabulary(
         Path(session.model_dir),
         folder,
@@ -90,6 +92,8 @@ def load_critic(session: Session, config: Config, device: torch.device) -> Criti
     model = config.model.model_copy(update={"path": critic.path or config.model.path})
     with described_by("critic.path" if critic.path else "model.path"):
         folder = resolve_model(model) if critic.path else Path(session.model_dir)
+        if critic.path:
+            max_model_len(config, read_model_config(folder), "critic.path")
         module = load_value_model(folder, model, str(device), session.attention, session.liger)
     keys = {"lr": critic.lr, "weight_decay": critic.weight_decay, "max_grad_norm": critic.max_grad_norm}
     train = config.train.model_copy(update={**keys, "lr_schedule": "constant", "warmup_steps": 0})

@@ -88,15 +88,15 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
 
 
-def max_model_len(config: Config, model_config: dict[str, Any]) -> int:
-    """Tokens of the longest sequence of a run; raises ConfigError where the model's positions do not reach that far."""
+def max_model_len(config: Config, model_config: dict[str, Any], key: str = "model.path") -> int:
+    """Tokens of the longest sequence of a run; raises ConfigError where the positions of the model of `key` end before that."""
     wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     limit = model_config.get("max_position_embeddings")
     if limit is not None and wanted > limit:
         raise ConfigError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} = {wanted} is more than the model's max_position_embeddings={limit}. "
-            "Lower one of the two."
+            f"{config.rollout.max_new_tokens} = {wanted} is more than max_position_embeddings={limit} of the model of {key}. "
+            f"Lower one of the two, or let {key} be a model of longer sequences."
         )
     return wanted
 

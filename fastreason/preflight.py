@@ -70,9 +70,9 @@ def longest_line(config: Config) -> int:
 
 
 def check_teacher(config: Config) -> list[str]:
-    """Raise ConfigError where the teacher's tokenizer is not the model's; returns what only the trainer's start can check.
+    """Raise ConfigError where the teacher's tokenizer is not the model's, or its positions end before a response can.
 
-    It does so before anything loads there too.
+    Returns what only the trainer's start can check; it does so before anything loads there too.
     """
     from fastreason.companions import described_by, teacher_model
     from fastreason.models import check_model
@@ -83,6 +83,8 @@ def check_teacher(config: Config) -> list[str]:
         return []
     with described_by("teacher.path"):
         unchecked = check_model(teacher_model(config), weights=teacher.where == "trainer")
+        if Path(teacher.path).is_dir():
+            max_model_len(config, read_model_config(teacher.path), "teacher.path")
     if Path(teacher.path).is_dir() and Path(config.model.path).is_dir():
         check_same_vocabulary(
             Path(config.model.path),
@@ -104,6 +106,8 @@ def check_critic(config: Config) -> list[str]:
         return []
     with described_by("critic.path"):
         unchecked = check_model(config.model.model_copy(update={"path": config.critic.path}))
+        if Path(config.critic.path).is_dir():
+            max_model_len(config, read_model_config(config.critic.path), "critic.path")
     return [line.replace("model.path", "critic.path") for line in unchecked]
 
 

@@ -183,3 +183,4 @@ def test_the_longest_sequence_is_a_prompt_and_a_response():
         max_model_len(run_config(100, 29), {"max_position_embeddings": 128})
     for part in ("data.max_prompt_tokens=100", "rollout.max_new_tokens=29", "= 129", "max_position_embeddings=128"):
         assert part in str(caught.value)
+    assert "Lower one of the two, or let model.path be" in str(caught.value)

@@ -1,6 +1,7 @@
 """Whether two models speak the same tokens, by their tokenizers on disk."""
 
 import json
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
@@ -111,6 +112,39 @@ def test_preflight_looks_for_the_critic_too(tmp_path, model):
     assert line.startswith("critic.path='nobody/critic'")
     with pytest.raises(ModelError, match=r"critic\.path='/nowhere/critic': there is no such folder"):
         check_critic(ppo("/nowhere/critic"))
+
+
+def test_positions_that_end_before_a_response_can_are_refused(tmp_path, model):
+    """1024 prompt tokens and 16 of a response by default: by preflight, and at the trainer's start."""
+    teacher, session = save(tmp_path / "teacher"), SimpleNamespace(model_dir=str(model))
+    taught, elsewhere = config(model, teacher), config("nobody/model", teacher)
+    checks = [
+        lambda: check_teacher(taught),
+        lambda: check_teacher(elsewhere),
+        lambda: ends_of_one_model(session, taught, resolve_algorithm(taught)),
+    ]
+    for limit in (1040, 1039):
+        (teacher / "config.json").write_text(json.dumps({"max_position_embeddings": limit}))
+        for check in checks:
+            with (
+                pytest.raises(ConfigError, match=r"= 1040 is more than max_position_embeddings=1039 .*teacher\.path")
+                if limit < 1040
+                else nullcontext()
+            ):
+                check()
+
+
+def test_positions_of_a_critic_that_end_before_a_response_can_are_refused(tmp_path, model):
+    short = save(tmp_path / "short")
+    (short / "config.json").write_text(json.dumps({"max_position_embeddings": 1039}))
+    raw = {
+        **config(model, model).model_dump(),
+        "critic": {"path": str(short)},
+        "algorithm": {"name": "ppo"},
+        "teacher": {},
+    }
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=1039 of the model of critic\.path"):
+        check_critic(parse_config(raw))
 
 
 @pytest.mark.parametrize("where", ["server", "trainer"])
