@@ -41,14 +41,14 @@ def is_right(sample: Sample) -> bool:
     return sample.grade.correct
 
 
-def overshoot(sample: Sample, max_new_tokens: int, buffer: int) -> float:
-    """How far a response ran over its length, 0 to 1: the share of truncation_penalty that it pays.
+def overshoot(num_tokens: int, truncated: bool, max_new_tokens: int, buffer: int) -> float:
+    """How far a response of `num_tokens` ran over its length, 0 to 1: the share of truncation_penalty that it pays.
 
     1 where it was cut off; else, with `buffer` tokens L and n tokens in the response, n - (max_new_tokens - L) over L,
     within 0 and 1 (DAPO's soft overlong punishment); 0 without a buffer.
     """
-    if sample.truncated:
+    if truncated:
         return 1.0
     if not buffer:
         return 0.0
-    return min(1.0, max(0.0, (len(sample.token_ids) - (max_new_tokens - buffer)) / buffer))
+    return min(1.0, max(0.0, (num_tokens - (max_new_tokens - buffer)) / buffer))

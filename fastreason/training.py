@@ -151,13 +151,7 @@ class TrainingStep:
         """[P, G] of an algorithm whose advantages are made of rewards."""
         if not self.algorithm.greedy_baseline:
             return self.algorithm.advantage(rewards_PG)
-        missing = [group.ticket for group in groups if group.greedy_reward is None]
-        if missing:
-            raise DataError(
-                f"groups {missing[:5]} have no greedy response, which algorithm.name={self.config.algorithm.name} compares "
-                "with. They were generated for another algorithm: generate them again."
-            )
-        return self.algorithm.advantage(rewards_PG, greedy_P=torch.tensor([group.greedy_reward for group in groups]))
+        return self.algorithm.advantage(rewards_PG, greedy_P=self._greedy_rewards(groups))
 
     def _trained(self, groups: list[Group]) -> Tensor:
         """[P, G]: 0 for responses whose rewards do not count, because of a filter or because none do; else 1."""
@@ -239,12 +233,30 @@ class TrainingStep:
 
     def _rewards(self, groups: list[Group]) -> Tensor:
         """[P, G] rewards that the advantages are made of: where the algorithm says so, less a penalty on overlong responses."""
-        algorithm, rewards_PG = self.algorithm, rewards_tensor(groups)
+        penalties = [[self._penalty(len(s.token_ids), s.truncated) for s in group.samples] for group in groups]
+        return rewards_tensor(groups) - torch.tensor(penalties)
+
+    def _greedy_rewards(self, groups: list[Group]) -> Tensor:
+        """[P], less the same penalty: of a baseline that does not pay it, all responses of a long prompt would look bad."""
+        penalises = self.algorithm.truncated == "penalise"
+        known = [(group.greedy_reward, group.greedy_num_tokens if penalises else 0) for group in groups]
+        missing = [group.ticket for group, values in zip(groups, known, strict=True) if None in values]
+        if missing:
+            raise DataError(
+                f"groups {missing[:5]} have no greedy response, or not its length, which algorithm.name="
+                f"{self.config.algorithm.name} compares with. They were generated for another algorithm, or by an earlier "
+                "version: generate them again."
+            )
+        penalties = [self._penalty(group.greedy_num_tokens or 0, group.greedy_truncated) for group in groups]
+        return torch.tensor([group.greedy_reward for group in groups]) - torch.tensor(penalties)
+
+    def _penalty(self, num_tokens: int, truncated: bool) -> float:
+        """What a response pays for its length."""
+        algorithm = self.algorithm
         if algorithm.truncated != "penalise":
-            return rewards_PG
-        limit, buffer = self.config.rollout.max_new_tokens, algorithm.truncation_buffer
-        overshoot_PG = torch.tensor([[overshoot(sample, limit, buffer) for sample in g.samples] for g in groups])
-        return rewards_PG - algorithm.truncation_penalty * overshoot_PG
+            return 0.0
+        limit = self.config.rollout.max_new_tokens
+        return algorithm.truncation_penalty * overshoot(num_tokens, truncated, limit, algorithm.truncation_buffer)
 
     def _rows(self, groups: list[Group], advantages_PG: Tensor, first: int) -> list[Row]:
         """The rows that an update counts: without masked responses; of filtered groups none, or without an advantage."""

@@ -71,7 +71,8 @@ class Group(msgspec.Struct, kw_only=True):
 
     `ticket` numbers the groups of a run in the order in which they were issued; `version_issued` is the version of the
     weights at that moment, and so the oldest that can have sampled a token of it. `greedy_reward` is that of one more
-    response, the likeliest token at each place, where the algorithm compares with it; that response is not kept.
+    response, the likeliest token at each place, where the algorithm compares with it; of that response only its length in
+    tokens and whether it was cut off are kept too.
     """
 
     ticket: int
@@ -82,6 +83,8 @@ class Group(msgspec.Struct, kw_only=True):
     generate_s: float = 0.0
     grade_s: float = 0.0
     greedy_reward: float | None = None
+    greedy_num_tokens: int | None = None
+    greedy_truncated: bool = False
 
     @property
     def rewards_G(self) -> list[float]:

@@ -39,8 +39,8 @@ CUMULATIVE = (
 class Producer:
     """Serves one trainer. `render` turns a prompt into token ids; `reject` names the reason why a group is not trained on.
 
-    greedy: a prompt is answered once more, with the likeliest token at each place, for the reward alone. teacher: scores the
-    tokens of every response that is trained on.
+    greedy: a prompt is answered once more, with the likeliest token at each place, for its reward and length. teacher: scores
+    the tokens of every response that is trained on.
     """
 
     def __init__(

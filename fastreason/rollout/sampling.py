@@ -48,8 +48,8 @@ class Tokenizer(Protocol):
 class Sampling:
     """Makes groups.
 
-    greedy: a prompt is answered once more, with the likeliest token at each place, for the reward alone. teacher: scores the
-    tokens of a response.
+    greedy: a prompt is answered once more, with the likeliest token at each place, for its reward and length. teacher: scores
+    the tokens of a response.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Sampling:
             self.samples(f"t{ticket}", prompt, token_ids, params),
             *([self.samples(f"t{ticket}greedy", prompt, token_ids, greedy)] if self._greedy else []),
         )
+        baseline = more[0][0][0] if more else None
         return Group(
             ticket=ticket,
             prompt=prompt,
@@ -87,7 +88,9 @@ class Sampling:
             version_issued=version,
             generate_s=generate_s,
             grade_s=grade_s,
-            greedy_reward=more[0][0][0].reward if more else None,
+            greedy_reward=None if baseline is None else baseline.reward,
+            greedy_num_tokens=None if baseline is None else len(baseline.token_ids),
+            greedy_truncated=baseline is not None and baseline.truncated,
         )
 
     async def samples(

@@ -74,4 +74,4 @@ def test_every_filter_is_tested_and_another_is_refused():
     ],
 )
 def test_overshoot_by_hand(length, finish, buffer, share):
-    assert overshoot(sample(1.0, True, length, finish), 16, buffer) == share
+    assert overshoot(length, finish == "length", 16, buffer) == share

@@ -54,7 +54,7 @@ def test_groups_carry_what_was_sampled_and_how_it_was_graded():
     assert batch.figures["reward/timeouts"] == 2 and batch.figures["rollout/long_prompts"] == 0
 
 
-def test_a_greedy_response_more_gives_its_reward_alone():
+def test_a_greedy_response_more_gives_its_reward_and_its_length():
     """Asked at temperature 0, graded, and not among the samples."""
     asked = []
 
@@ -66,7 +66,9 @@ def test_a_greedy_response_more_gives_its_reward_alone():
             (first, *rest) = await generate(request_id, prompt_token_ids, params)
             if params.temperature:
                 return [first, *rest]
-            return [msgspec.structs.replace(first, token_ids=[5] * 4, logp=[0.0] * 4, token_versions=[0] * 4)]
+            four = {"token_ids": [5] * 4, "logp": [0.0] * 4, "token_versions": [0] * 4}
+            cut = "length" if request_id == "t1greedy" else "stop"
+            return [msgspec.structs.replace(first, **four, finish_reason=cut)]
 
         run.engine.generate = note
 
@@ -74,7 +76,8 @@ def test_a_greedy_response_more_gives_its_reward_alone():
         run.client.start(0, 0, None)
         batch = run.client.next_batch()
     assert sorted(asked) == [("t0", 2, 1.0), ("t0greedy", 1, 0.0), ("t1", 2, 1.0), ("t1greedy", 1, 0.0)]
-    assert [group.greedy_reward for group in batch.groups] == [4.0, 4.0]
+    assert [(g.greedy_reward, g.greedy_num_tokens) for g in batch.groups] == [(4.0, 4), (4.0, 4)]
+    assert {g.ticket: g.greedy_truncated for g in batch.groups} == {0: False, 1: True}
     assert [len(group.samples) for group in batch.groups] == [2, 2]
 
 
@@ -83,7 +86,7 @@ def test_no_greedy_response_is_asked_for_where_none_is_wanted():
         run.client.start(0, 0, None)
         batch = run.client.next_batch()
     assert run.engine.asked == ["t0", "t1"]
-    assert [group.greedy_reward for group in batch.groups] == [None, None]
+    assert [(g.greedy_reward, g.greedy_num_tokens) for g in batch.groups] == [(None, None), (None, None)]
 
 
 class Teacher:

@@ -331,8 +331,30 @@ def test_a_greedy_response_is_the_baseline():
     }
 
 
+def test_a_greedy_response_pays_for_its_length_as_the_others_do():
+    """A limit of 8 tokens with a buffer of 6: 1 for the one cut off, (5 - 2) / 6 for one of 5 tokens, nothing for 2."""
+    batch, updater = groups(), Updater()
+    for group, length, cut in zip(batch, (5, 8, 2), (False, True, False), strict=True):
+        group.greedy_reward, group.greedy_num_tokens, group.greedy_truncated = 0.5, length, cut
+    keys = {"name": "remax", "truncated": "penalise", "truncation_penalty": 0.6, "truncation_buffer": 6}
+    make_step(updater, algorithm=keys)(batch)
+    assert {key: a[0] for key, a in token_advantages(updater).items()} == pytest.approx(
+        {
+            (0, 2): 1.0 - (0.5 - 0.3),
+            (0, 3): 1.0 - 0.1 - (0.5 - 0.3),
+            (1, 3): 1.0 - 0.1 - (0.5 - 0.6),
+            (1, 8): -1.0 - 0.6 - (0.5 - 0.6),
+            (2, 1): -1.0 - 0.5,
+            (2, 2): -1.0 - 0.5,
+        }
+    )
+    batch[1].greedy_num_tokens = None
+    with pytest.raises(DataError, match=r"groups \[1\] have no greedy response, or not its length"):
+        make_step(updater, algorithm=keys)(batch)
+
+
 def test_groups_without_what_the_algorithm_compares_with_are_refused():
-    with pytest.raises(DataError, match=r"\[0, 1, 2\] have no greedy response, which algorithm\.name=remax"):
+    with pytest.raises(DataError, match=r"\[0, 1, 2\] have no greedy response, .*which algorithm\.name=remax"):
         make_step(Updater(), algorithm={"name": "remax"})(groups())
     teacher = {"path": "t", "where": "server", "url": "http://t"}
     with pytest.raises(DataError, match="hold no log-probabilities of a teacher"):
@@ -446,3 +468,5 @@ def test_a_critic_gives_each_token_its_advantage(warmup):
     assert sorted(set(found)) == [-1.25, 0.75]
     assert figures[1]["critic/loss"] == 0.75 and figures[1]["critic/value_mean"] == pytest.approx(0.25)
     assert figures[1]["critic/explained_variance"] == pytest.approx(0.0)
+
+

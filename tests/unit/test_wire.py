@@ -33,6 +33,8 @@ GROUP = Group(
     version_issued=2,
     generate_s=0.5,
     greedy_reward=0.5,
+    greedy_num_tokens=7,
+    greedy_truncated=True,
 )
 RESULT = EvalResult(
     accuracy=0.5,
