@@ -1,13 +1,14 @@
 """What a config asks of an algorithm and cannot work, or could not have an effect: refused before anything starts.
 
 Each check reads a resolved algorithm and the config beside it, and raises ConfigError with the key, the value, what is
-allowed and what to do. It decides nothing: a value that passes is used as it stands.
+allowed and what to do. It decides nothing: a value that passes is used as it stands. What works, but not as its formula
+says, is in `algorithm_warnings`, which the command line prints.
 """
 
 from typing import TYPE_CHECKING
 
 from fastreason.advantages import advantage_arguments
-from fastreason.config import Config
+from fastreason.config import Config, updates_prompts
 from fastreason.errors import ConfigError
 from fastreason.sections import Section
 
@@ -168,6 +169,29 @@ def check_kl_place(algorithm: "ResolvedAlgorithm", config: Config) -> None:
             f"algorithm.kl_mask={term.mask} with algorithm.kl_place=reward: rewards are compared within a group, and a "
             "penalty on some of them would be an advantage of the others. Use algorithm.kl_place=loss or advantage."
         )
+
+
+def algorithm_warnings(algorithm: "ResolvedAlgorithm", config: Config) -> list[str]:
+    """What a person should know of a config that passed every check, before it runs; empty where there is nothing.
+
+    An estimate of the KL on sampled tokens is one of the policy that sampled them. In the advantage or the reward it is
+    weighted by the policy term's ratio; in the loss by nothing. Over the vocabulary it needs no weight for a token.
+    """
+    term, train, staleness = algorithm.kl, config.train, config.rollout.max_staleness
+    num_updates = train.prompts_per_step // updates_prompts(config)
+    if not (term.active and term.place == "loss" and term.sampled) or (staleness == 0 and num_updates == 1):
+        return []
+    causes = [f"rollout.max_staleness={staleness}"] if staleness else []
+    if num_updates > 1:
+        causes.append(
+            f"train.prompts_per_update={train.prompts_per_update} of train.prompts_per_step={train.prompts_per_step}"
+        )
+    return [
+        f"warning: algorithm.kl={term.estimator} with algorithm.kl_place=loss and {' and '.join(causes)}: some tokens are of "
+        "an older policy, and the KL term is not weighted by their ratio, so that its gradient is biased (as in most published "
+        "code). For the exact one use rollout.max_staleness=0 and train.prompts_per_update=null, or algorithm.kl=k1 with "
+        "algorithm.kl_place=advantage, or algorithm.kl=exact."
+    ]
 
 
 def check_kind(algorithm: "ResolvedAlgorithm", config: Config) -> None:

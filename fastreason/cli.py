@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_command(options: argparse.Namespace) -> int:
-    from fastreason.config import batch_derivation, load_config
+    from fastreason.config import load_config
     from fastreason.launch import launch, make_run_dir, write_config
-    from fastreason.preflight import anchor_paths, check_prompts_offline, preflight
+    from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, start_lines
 
     if options.resume:
         return resume_command(options)
@@ -149,7 +149,7 @@ def train_command(options: argparse.Namespace) -> int:
         check_prompts_offline(config)
     run_dir = make_run_dir(config)
     write_config(config, run_dir)
-    print("\n".join(batch_derivation(config)))
+    print("\n".join(start_lines(config)))
     return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
 
 
@@ -181,10 +181,11 @@ def written_groups(options: argparse.Namespace, config: "Config", done: int = 0)
 
 
 def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]) -> int:
-    from fastreason.config import batch_derivation, dump_config
+    from fastreason.config import dump_config
+    from fastreason.preflight import start_lines
 
     print(dump_config(config), end="")
-    notes = [*batch_derivation(config), f"device: {decisions.device}, attention: {decisions.attention}"]
+    notes = [*start_lines(config), f"device: {decisions.device}, attention: {decisions.attention}"]
     notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
     print("\n".join(f"# {line}" for line in notes))
     return 0

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastreason.config import Config
+from fastreason.config import Config, batch_derivation
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
 from fastreason.models import max_model_len, read_model_config
@@ -60,6 +60,14 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     if Path(config.model.path).is_dir():
         max_model_len(config, read_model_config(config.model.path))
     return decisions, unchecked
+
+
+def start_lines(config: Config) -> list[str]:
+    """What is printed before a run starts: the arithmetic of a step, and what a person should know of the algorithm."""
+    from fastreason.algorithm_checks import algorithm_warnings
+    from fastreason.algorithms import resolve_algorithm
+
+    return [*batch_derivation(config), *algorithm_warnings(resolve_algorithm(config), config)]
 
 
 def longest_line(config: Config) -> int:

@@ -9,6 +9,7 @@ import yaml
 from algorithm_config import config
 from fastreason_kernels import PolicyLossSpec, policy_loss
 
+from fastreason.algorithm_checks import algorithm_warnings
 from fastreason.algorithms import ALGORITHMS, Algorithm, resolve_algorithm
 from fastreason.config import dump_config, parse_config
 from fastreason.errors import ConfigError
@@ -440,3 +441,31 @@ def test_the_default_advantage_is_that_of_the_row():
 )
 def test_rows_without_advantage_are_left_out_only_where_nothing_else_moves_them(keys, zero):
     assert resolve_algorithm(config(name="grpo", **keys)).zero_advantage_is_zero_gradient is zero
+
+
+KD = {"name": "kdrl", "teacher": {"path": "t"}}
+SEVERAL = {"prompts_per_step": 4, "prompts_per_update": 2}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "staleness", "train", "causes"),
+    [
+        ({}, 1, SEVERAL, None),
+        (KD, 0, {}, None),
+        (KD, 1, {}, "rollout.max_staleness=1: some"),
+        (KD, 0, SEVERAL, "loss and train.prompts_per_update=2 of train.prompts_per_step=4: some"),
+        ({"kl": "k3", "kl_coef": 0.1}, 2, SEVERAL, "rollout.max_staleness=2 and train.prompts_per_update=2"),
+        ({"kl": "k3", "kl_coef": 0.0}, 2, SEVERAL, None),
+        # The ratio of the policy term weighs these; and over the vocabulary nothing is sampled.
+        ({**KD, "kl": "k1", "kl_place": "advantage"}, 1, SEVERAL, None),
+        ({"kl": "k2", "kl_coef": 0.1, "kl_place": "reward"}, 1, SEVERAL, None),
+        ({**KD, "kl": "exact"}, 1, SEVERAL, None),
+    ],
+)
+def test_a_kl_in_the_loss_that_is_off_policy_is_warned_of(algorithm, staleness, train, causes):
+    made = config(max_staleness=staleness, **algorithm)
+    made = made.model_copy(update={"train": made.train.model_copy(update=train)})
+    lines = algorithm_warnings(resolve_algorithm(made), made)
+    assert bool(lines) == (causes is not None)
+    for line in lines:
+        assert line.startswith("warning: algorithm.kl=k") and causes in line and "rollout.max_staleness=0" in line

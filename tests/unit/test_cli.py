@@ -123,6 +123,13 @@ def test_a_dry_run_prints_a_config_that_loads_again(config, capsys, tmp_path):
     assert "# step: 2 prompts x 8 samples = 16 completions" in text and "# device: cpu" in text
 
 
+def test_a_dry_run_says_what_a_person_should_know(config, capsys):
+    keys = ["algorithm.kl=k3", "algorithm.kl_coef=0.1", "rollout.max_staleness=1"]
+    assert cli.main(["train", "c.yaml", *keys, "--dry-run"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# warning")]
+    assert line.startswith("# warning: algorithm.kl=k3 ") and "rollout.max_staleness=1" in line
+
+
 def test_a_dry_run_makes_no_folder(config):
     before = sorted(Path().rglob("*"))
     assert cli.main(["train", "c.yaml", "--dry-run"]) == 0
