@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreason.gae import gae_advantages
+from fastreason.gae import gae_of_batches
 from fastreason.types import Group
 
 AdvantageFunction = Callable[..., Any]
@@ -125,7 +125,7 @@ ADVANTAGES: dict[str, AdvantageFunction] = {
     "rloo": rloo_advantages,
     "remax": remax_advantages,
     "reinforce_pp": reinforce_pp_advantages,
-    "gae": gae_advantages,
+    "gae": gae_of_batches,
     "pairs": pair_coefficients,
 }
 

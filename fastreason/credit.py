@@ -80,16 +80,24 @@ def set_gae(
     values: Sequence[Tensor],
     gae: Callable[..., Any],
     costs: Sequence[Tensor] | None,
+    ranks: Ranks,
 ) -> None:
-    """Advantages and returns from a critic's values; a response's reward stands on its last token, each token pays its cost."""
+    """Advantages and returns from a critic's values; a response's reward stands on its last token, each token pays its cost.
+
+    Tokens that are not trained on, and padding among ranks, have no advantage, and no say in the statistics of others.
+    """
+    lengths, rewards, counted = [], [], []
     for number, (batch, values_N) in enumerate(zip(batches, values, strict=True)):
-        lengths = torch.bincount(batch.sequence_N, minlength=batch.num_rows)
+        lengths_B = torch.bincount(batch.sequence_N, minlength=batch.num_rows)
         rewards_N = torch.zeros_like(values_N) if costs is None else -costs[number].to(values_N.dtype)
-        last_B = lengths.cumsum(0) - 1
-        rewards_N = rewards_N.index_add(0, last_B, rewards_PG.flatten()[batch.index_B].to(values_N.dtype))
-        advantages_N, returns_N = gae(rewards_N, values_N, lengths.tolist())
+        earned_B = rewards_PG.flatten()[batch.index_B].to(values_N.dtype)
+        rewards.append(rewards_N.index_add(0, lengths_B.cumsum(0) - 1, earned_B))
+        lengths.append(lengths_B.tolist())
+        counted.append((batch.token_weight_N != 0) & (batch.of_rows(trained_PG.flatten()) != 0))
+    made = zip(batches, values, counted, *gae(rewards, values, lengths, counted, total=ranks.sum), strict=True)
+    for batch, values_N, counted_N, advantages_N, returns_N in made:
         batch.values_N, batch.returns_N = values_N, returns_N
-        batch.advantages_N = advantages_N * batch.of_rows(trained_PG.flatten())
+        batch.advantages_N = advantages_N.masked_fill(~counted_N, 0.0)
 
 
 def set_pairs(

@@ -131,7 +131,7 @@ class TrainingStep:
             costs = [coef * credit.token_kl(batch, own, term) for batch, own in zip(batches, logp, strict=True)]
         if self.critic is not None:
             values = self.critic.engine.values(batches)
-            credit.set_gae(batches, rewards_PG, trained_PG, values, algorithm.advantage, costs)
+            credit.set_gae(batches, rewards_PG, trained_PG, values, algorithm.advantage, costs, self.ranks)
         elif costs is not None:
             cost_PG = credit.response_sums(batches, costs, (len(groups), len(groups[0].samples)), self.ranks)
             credit.set_advantages(batches, self._advantages(groups, rewards_PG - cost_PG) * trained_PG)

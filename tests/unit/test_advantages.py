@@ -188,7 +188,7 @@ def test_the_arguments_are_known_by_name():
     # The greedy response's reward and log-probabilities are data, not options.
     assert advantage_arguments("remax") == []
     assert advantage_arguments("pairs") == ["beta"]
-    assert advantage_arguments("gae") == ["gamma", "lam"]
+    assert advantage_arguments("gae") == ["gamma", "lam", "whiten"]
     assert set(ADVANTAGES) == {"reinforce", "grpo", "raft", "rloo", "remax", "reinforce_pp", "gae", "pairs"}
 
 

@@ -113,7 +113,7 @@ def test_the_ablations_of_minimal_rl_differ_in_what_they_name():
         "grpo": {"std": True, "bessel": True, "eps": 1e-6},
         "mean_zero": {"std": False},
         "drop_both_std": {"mean": False},
-        "ppo": {"gamma": 1.0, "lam": 1.0},
+        "ppo": {"gamma": 1.0, "lam": 1.0, "whiten": True},
         "iterative_dpo": {"beta": 0.1},
     }
     assert {name for name, a in made.items() if a.spec.dual_clip == 3.0} == set(made) - {

@@ -459,7 +459,7 @@ class Values:
 def test_a_critic_gives_each_token_its_advantage(warmup):
     updater, values = Updater(), Values()
     critic = Critic(values, warmup_steps=warmup)
-    step = make_step(updater, algorithm={"name": "ppo"}, critic=critic)
+    step = make_step(updater, algorithm={"name": "ppo", "advantage": {"whiten": False}}, critic=critic)
     figures = [step(groups(), number) for number in range(2)]
     assert (len(updater.updates), updater.num_skipped) == (2 - warmup, warmup)
     assert len(values.fitted) == 2 and values.fitted[0][1] == 19.0
@@ -470,3 +470,16 @@ def test_a_critic_gives_each_token_its_advantage(warmup):
     assert figures[1]["critic/explained_variance"] == pytest.approx(0.0)
 
 
+def test_advantages_of_a_critic_are_whitened_over_what_is_trained():
+    """The group that is all right has no advantage and does not count: 3 tokens of 0.75 and 11 of -1.25 are left."""
+    updater, values = Updater(), Values()
+    keys = {"name": "ppo", "filter": "all_right", "filtered": "zero", "entropy_coef": 0.1}
+    make_step(updater, algorithm=keys, critic=Critic(values))(groups())
+    mean = (3 * 0.75 - 11 * 1.25) / 14
+    deviation = math.sqrt((3 * (0.75 - mean) ** 2 + 11 * (-1.25 - mean) ** 2) / 13)
+    found = {key: a[0] for key, a in token_advantages(updater).items()}
+    good, bad = (0.75 - mean) / deviation, (-1.25 - mean) / deviation
+    expected = {(0, 2): 0.0, (0, 3): 0.0, (1, 3): good, (1, 8): bad, (2, 1): bad, (2, 2): bad}
+    assert found == pytest.approx(expected, rel=1e-5)
+    returns = {value for batch in values.fitted[0][0] for value in batch.returns_N.tolist()}
+    assert returns == {1.0, -1.0}, "what the critic learns is not whitened"
