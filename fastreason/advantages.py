@@ -105,16 +105,28 @@ def pair_coefficients(rewards_PG: Tensor, *, policy_logp_PG: Tensor, ref_logp_PG
     too. The coefficients hold at the weights that gave policy_logp_PG. DPO (arXiv 2305.18290) on a batch's own samples: the
     iterative DPO of arXiv 2504.11343. Left out: all pairs of a prompt, label smoothing, a term on the winner alone.
     """
-    best_P1, worst_P1 = (pick(dim=1, keepdim=True) for pick in (rewards_PG.argmax, rewards_PG.argmin))
+    best_P1, worst_P1, paired_P1 = _pair_places(rewards_PG)
     log_ratio_PG = policy_logp_PG.detach() - ref_logp_PG.detach()
     margin_P1 = beta * (log_ratio_PG.gather(1, best_P1) - log_ratio_PG.gather(1, worst_P1))
-    paired_P1 = rewards_PG.gather(1, best_P1) > rewards_PG.gather(1, worst_P1)
     weight_P1 = (beta * torch.sigmoid(-margin_P1)).masked_fill(~paired_P1, 0.0)
     zeros_PG = torch.zeros_like(log_ratio_PG)
     advantages_PG = zeros_PG.scatter(1, best_P1, weight_P1).scatter_add(1, worst_P1, -weight_P1)
     margins, num = margin_P1[paired_P1], int(paired_P1.sum())
     figures = (torch.nn.functional.softplus(-margins), (margins > 0).to(margins.dtype), margins)
     return Pairs(advantages_PG, num, *(float(x.sum()) / max(1, num) for x in figures))
+
+
+def pair_members(rewards_PG: Tensor) -> Tensor:
+    """[P, G] fp32: 1 for the responses that `pair_coefficients` pairs, 0 for the others, which have no gradient there."""
+    best_P1, worst_P1, paired_P1 = _pair_places(rewards_PG)
+    ones_P1 = paired_P1.to(torch.float32)
+    return torch.zeros(rewards_PG.shape).scatter(1, best_P1, ones_P1).scatter_add(1, worst_P1, ones_P1)
+
+
+def _pair_places(rewards_PG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """([P, 1] place of the best response, [P, 1] of the worst, [P, 1] bool: they make a pair)."""
+    best_P1, worst_P1 = (pick(dim=1, keepdim=True) for pick in (rewards_PG.argmax, rewards_PG.argmin))
+    return best_P1, worst_P1, rewards_PG.gather(1, best_P1) > rewards_PG.gather(1, worst_P1)
 
 
 # gae and pairs return more than advantages: rows with them say `critic` and `pairs`.

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastreason.types import Group
+from fastreason.types import Group, Sample
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -105,6 +105,11 @@ class MicroBatch:
         return MicroBatch(**{**vars(self), **moved})
 
 
+def makes_row(sample: Sample, with_truncated: bool = True) -> bool:
+    """Whether a response is trained on at all: it has a token, and was not cut off where those are left out."""
+    return bool(sample.token_ids) and (with_truncated or not sample.truncated)
+
+
 def rows_of(
     groups: Sequence[Group],
     advantages_PG: Tensor,
@@ -122,7 +127,7 @@ def rows_of(
     for number, (group, advantages) in enumerate(zip(groups, advantages_PG.tolist(), strict=True)):
         for place, (sample, advantage) in enumerate(zip(group.samples, advantages, strict=True)):
             length = len(sample.token_ids)
-            if length == 0 or (sample.truncated and not with_truncated):
+            if not makes_row(sample, with_truncated):
                 continue
             rows.append(
                 Row(

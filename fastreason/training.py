@@ -7,7 +7,7 @@ from fastreason_kernels import PolicyLossSpec
 from torch import Tensor
 
 from fastreason import credit
-from fastreason.advantages import Pairs, rewards_tensor
+from fastreason.advantages import Pairs, pair_members, rewards_tensor
 from fastreason.algorithms import ResolvedAlgorithm
 from fastreason.config import Config, updates_prompts
 from fastreason.critic import Critic, fit_figures
@@ -22,6 +22,7 @@ from fastreason.packing import (
     Row,
     collate,
     loss_denominator,
+    makes_row,
     plan_micro_batches,
     rows_of,
     split_balanced,
@@ -98,7 +99,7 @@ class TrainingStep:
         figures = totals.figures(self.ranks.sum(sums), self.ranks.max(maxima))
         figures |= update_figures(results) | self._left_out(groups) | self._coefficient_figures(coef)
         figures |= fit_figures(fits, batches, self.ranks) if fits else {}
-        figures |= pair_figures(pairs) if pairs else {}
+        figures |= pair_figures(pairs) if algorithm.pairs else {}
         if not all(result.empty for result in results):
             self._adapt(figures, num_responses=sum(len(plan.rows) for plan in plans))
         return figures | {
@@ -111,7 +112,9 @@ class TrainingStep:
         algorithm, term = self.algorithm, self.algorithm.kl
         rewards_PG = self._rewards(groups)
         trained_PG = self._trained(groups)
-        if self._late:
+        if algorithm.pairs and self.config.train.skip_zero_advantage:
+            advantages_PG = trained_PG * self._pair_members(groups, rewards_PG)
+        elif self._late:
             advantages_PG = trained_PG  # stands for what is not known yet: not 0 where anything may come
         else:
             advantages_PG = self._advantages(groups, rewards_PG) * trained_PG
@@ -143,9 +146,15 @@ class TrainingStep:
 
     @property
     def _late(self) -> bool:
-        """Whether advantages need what only the models say, so that no row can be left out before."""
+        """Whether advantages need what only the models say."""
         algorithm = self.algorithm
         return algorithm.critic or algorithm.pairs or (algorithm.kl.active and algorithm.kl.place == "reward")
+
+    def _pair_members(self, groups: list[Group], rewards_PG: Tensor) -> Tensor:
+        """[P, G]: 1 for responses that will be in a pair, which rewards say; 0 for those that no model needs to run on."""
+        with_truncated = self.algorithm.truncated != "mask"
+        there_PG = torch.tensor([[makes_row(sample, with_truncated) for sample in group.samples] for group in groups])
+        return pair_members(credit.only_there(rewards_PG, there_PG))
 
     def _advantages(self, groups: list[Group], rewards_PG: Tensor) -> Tensor:
         """[P, G] of an algorithm whose advantages are made of rewards."""
@@ -297,9 +306,10 @@ class TrainingStep:
         """
         train = self.config.train
         rows = [row for row in rows if row.token_weight]
-        if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient and not self._late:
-            # The denominator counts them all the same. One row stays where none has a gradient.
-            rows = [row for row in rows if row.advantage] or rows[:1]
+        pairs, known = self.algorithm.pairs, self.algorithm.pairs or not self._late
+        if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient and known:
+            # The denominator counts them all the same. One row stays where none has a gradient; no pairs are no update.
+            rows = [row for row in rows if row.advantage] or rows[: 0 if pairs else 1]
         units = units_of(rows, self.layout)
         shares = split_balanced([unit_length(unit) for unit in units], self.ranks.num)
         plans = [

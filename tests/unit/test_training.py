@@ -409,6 +409,16 @@ def test_updates_without_a_pair_are_skipped():
     assert (len(updater.updates), updater.num_skipped) == (1, 2)
 
 
+def test_a_step_without_a_pair_still_says_so():
+    updater, target = Updater(), Target()
+    batch = [group(0, sample(1.0, 2), sample(1.0, 3)), group(1, sample(-1.0, 3), sample(1.0, 8, "length"))]
+    keys = {"name": "iterative_dpo", "truncated": "mask"}
+    figures = make_step(updater, prompts=2, algorithm=keys, target=target)(batch)
+    assert (len(updater.updates), updater.num_skipped) == (0, 1)
+    assert (figures["pairs/num"], figures["pairs/loss"], figures["train/tokens_computed"]) == (0.0, 0.0, 0.0)
+    assert figures["train/tokens"] == 3 + 4 + 4
+
+
 def test_knowledge_distillation_alone_has_no_advantage():
     updater = Updater()
     teacher = {"path": "t"}
