@@ -134,7 +134,8 @@ def _training_rules(config: Config) -> list[Rule]:
         Rule(
             ("loss/entropy",),
             1,
-            lambda entropy: entropy < floor,
+            # 0 stands for a step without an update of the policy: a critic that warms up, no pair.
+            lambda entropy: 0 < entropy < floor,
             f"token entropy {{0:.4f}} is below log.entropy_floor={floor:g}: the samples of a prompt become the same. "
             "Lower train.lr, raise algorithm.clip_high, or set algorithm.entropy_coef.",
         ),

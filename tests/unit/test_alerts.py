@@ -76,8 +76,9 @@ def test_fires_once_and_again_only_after_it_has_cleared(bad, after, advice):
     assert advice in messages[first - 1][0] and f"step {first}:" in messages[first - 1][0]
 
 
-def test_a_step_without_a_token_has_no_sample_size_to_warn_about():
-    assert feed(make_alerts(), [{"mismatch/ess": 0.0}] * 5) == [[]] * 5
+@pytest.mark.parametrize("key", ["mismatch/ess", "loss/entropy"])
+def test_a_step_without_an_update_has_no_tokens_to_warn_about(key):
+    assert feed(make_alerts(), [{key: 0.0}] * 5) == [[]] * 5
 
 
 def test_too_few_steps_in_a_row_do_not_fire():
