@@ -157,7 +157,7 @@ def _training_rules(config: Config) -> list[Rule]:
             judges_nan=True,
         ),
         Rule(
-            ("loss/kl",),
+            ("kl/reference",),  # a teacher may be far away: it is where the policy is to go
             1,
             lambda kl: kl > KL_LIMIT,
             f"KL to the reference is {{0:.2f}} nats per token, above {KL_LIMIT:g}: the policy has left it. Lower "

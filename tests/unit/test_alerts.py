@@ -15,7 +15,7 @@ HEALTHY = {
     "rollout/truncated_share": 0.1,
     "rollout/signal_share": 0.8,
     "loss/entropy": 0.9,
-    "loss/kl": 0.01,
+    "kl/reference": 0.01,
     "train/grad_norm": 0.5,
     "mismatch/logp_abs_mean": 0.01,
     "mismatch/ess": 0.98,
@@ -63,7 +63,7 @@ CASES = [
     ({"train/grad_norm": math.nan}, 1, "not finite"),
     ({"train/grad_norm": math.inf}, 1, "not finite"),
     ({"train/grad_norm": None}, 1, "not finite"),
-    ({"loss/kl": 1.5}, 1, "KL"),
+    ({"kl/reference": 1.5}, 1, "KL"),
 ]
 
 
@@ -79,6 +79,10 @@ def test_fires_once_and_again_only_after_it_has_cleared(bad, after, advice):
 @pytest.mark.parametrize("key", ["mismatch/ess", "loss/entropy"])
 def test_a_step_without_an_update_has_no_tokens_to_warn_about(key):
     assert feed(make_alerts(), [{key: 0.0}] * 5) == [[]] * 5
+
+
+def test_a_teacher_may_be_far_away():
+    assert feed(make_alerts(), [{"kl/teacher": 5.0, "loss/kl": 5.0}]) == [[]]
 
 
 def test_too_few_steps_in_a_row_do_not_fire():
