@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastreason.distill.output import make_report, print_report, replace_file, write_report, write_selection
-from fastreason.distill.questions import Questions, load_questions, student_file, wanted
+from fastreason.distill.questions import Questions, check_recorded, load_questions, student_file, wanted
 from fastreason.distill.section import DistillRun, dump_distill_config
 from fastreason.distill.selection import accuracy_figures, select
 from fastreason.distill.teacher import check_length, load_tokenizer, make_grading, open_teacher, sampling_settings
@@ -34,7 +34,7 @@ def check_machine(config: DistillRun) -> list[str]:
     from fastreason.rewards import resolve_rewards
 
     resolve_rewards(config.reward)
-    unchecked = check_data(config.data)
+    unchecked = check_recorded(config) if config.source == "recorded" else check_data(config.data)
     if config.distill.student is not None:
         student_file(config.distill.student)
     if config.distill.url is not None:

@@ -6,6 +6,7 @@ It owns the filters on questions and their counts. It refuses a student that was
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ class Solved(msgspec.Struct, frozen=True):
     id: str
     problem: str
     correct: bool
+
+
+def check_recorded(config: DistillRun) -> list[str]:
+    """Look at the first responses of the data; returns what stays unchecked without the network."""
+    if config.data.source == "hub":
+        return [f"data.path={config.data.path!r}: a hub data set; that it exists and has the columns is unchecked"]
+    list(islice(recorded_responses(config.data, str(config.distill.responses_column)), 8))
+    return []
 
 
 def load_questions(config: DistillRun, tokenizer: Any | None) -> Questions:

@@ -15,6 +15,8 @@ from fastreason.rollout.sample_store import Response, SampleStore
 from fastreason.rollout.sampling import Grader, Tokenizer, group_seed, together
 from fastreason.types import Prompt, SamplingParams
 
+ENOUGH = 20  # responses after which their speed says something
+
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """A response before it is graded; None where the source does not say."""
@@ -159,7 +161,7 @@ class Tally:
         ]
         if self.num_tokens:
             parts.append(f"{self.num_tokens / seconds:.0f} tok/s")
-        if self.num_done:
+        if self.num_done >= min(self.total, ENOUGH):
             parts.append(f"{_duration(seconds * (self.total - self.num_done) / num)} left")
         return "  ".join(parts)
 
