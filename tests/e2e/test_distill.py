@@ -67,7 +67,7 @@ def distillation(tmp_path, tiny_model, problems, monkeypatch):
         folder = tmp_path / f"at{len(made)}"
         folder.mkdir()
         config = {
-            "run": {"hang_timeout_s": 4},
+            "run": {"hang_timeout_s": 2},
             "model": {"path": str(tiny_model), "dtype": "float32"},
             "data": {"source": "file", "path": str(problems), "num_prompts": 30, "max_prompt_tokens": 64},
             "reward": {"functions": {"user_reward_of_the_test:even": 1.0}},
@@ -120,7 +120,7 @@ def test_an_engine_that_dies_or_hangs_is_started_again_and_nothing_changes(disti
     undisturbed = distillation()
     in_this_process(undisturbed, str(undisturbed.config_path))
     run = distillation()
-    run.start("rollout.fake_token_s=0.1")
+    run.start("rollout.fake_token_s=0.05")
     run.until_lines(4)
     for strike in (signal.SIGKILL, signal.SIGSTOP):
         num = len(read_lines(run.samples))

@@ -62,7 +62,7 @@ def test_every_response_is_asked_once_and_graded_by_its_own_problem(tmp_path):
     responses = sample(tmp_path, 4, on_response=heard.append)
     assert [(r.id, r.sample) for r in responses] == [(f"p{i}", j) for i in range(5) for j in range(4)]
     assert sorted(heard, key=lambda r: (r.id, r.sample)) == responses
-    assert len({r.response for r in responses}) > 10, "each response has a seed of its own"
+    assert len({r.response for r in responses}) >= 10, "each response has a seed of its own"
     for r in responses:
         assert r.problem == f"problem {r.id[1]}" and r.answer == "7"
         assert r.correct is (len(r.response) % 2 == 0) and r.reward == float(r.correct)

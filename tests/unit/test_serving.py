@@ -29,7 +29,7 @@ class Sleeper:
 
 @pytest.fixture
 def keep(tmp_path):
-    """Runs `work(server, keeper)` beside the keeper's watch; returns what was said, and the server."""
+    """Runs `work(server, keeper)` beside the keeper's watch; returns what was said."""
     servers = []
 
     def run(work, dies=(), max_restarts=2):
@@ -45,7 +45,7 @@ def keep(tmp_path):
             asyncio.run(main())
         finally:
             keeper.stop()
-        return said, server
+        return said
 
     yield run
     assert all(server.child.exit_code is not None for server in servers)
@@ -74,7 +74,7 @@ def test_it_is_started_again_after_a_death_and_where_it_hangs(keep):
         await asyncio.sleep(0.3)
         assert server.num_starts == 3, "what was said of the one before does not count for the next"
 
-    said, server = keep(work)
+    said = keep(work)
     assert said == [
         "starting the sleeper again (1 of run.max_restarts=2): it ended with exit code -9",
         "starting the sleeper again (2 of run.max_restarts=2): it shows no sign of life",
