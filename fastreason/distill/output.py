@@ -85,10 +85,8 @@ def print_report(report: dict[str, Any], out: Path, console: Console | None = No
     """The report in short: how well was answered, what each filter dropped, where the files are."""
     console = console or Console()
     figures, time = report["accuracy"], report["time"]
-    table = Table(*(title for title, _, _ in SHOWN), "seconds")
-    cells = ["-" if figures[key] is None else form.format(figures[key]) for _, key, form in SHOWN]
-    of_start = f" (for {time['new_responses']})" if time["earlier_responses"] else ""
-    table.add_row(*cells, f"{time['seconds']:.0f}{of_start}")
+    table = Table(*(title for title, _, _ in SHOWN))
+    table.add_row(*("-" if figures[key] is None else form.format(figures[key]) for _, key, form in SHOWN))
     console.print(table)
     passages = Table("", "in", "dropped", "out")
     for name in ("questions", "responses", "pairs"):
@@ -96,6 +94,9 @@ def print_report(report: dict[str, Any], out: Path, console: Console | None = No
         dropped = ", ".join(f"{key} {num}" for key, num in passage["dropped"].items() if num)
         passages.add_row(name, str(passage["in"]), dropped or "none", str(passage["out"]))
     console.print(passages)
+    earlier = f"; {time['earlier_responses']} were there" if time["earlier_responses"] else ""
+    speed = f", {time['tok_per_s']:.0f} tok/s" if time["tok_per_s"] else ""
+    console.print(f"{time['new_responses']} responses in {time['seconds']:.0f} s{speed}{earlier}", highlight=False)
     for label, file in (("positives", POSITIVES_FILE), ("pairs", PAIRS_FILE), ("all responses", SAMPLES_FILE)):
         console.print(f"{label}: {out / file}", markup=False, highlight=False, soft_wrap=True)
 

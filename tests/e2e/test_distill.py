@@ -67,7 +67,6 @@ def distillation(tmp_path, tiny_model, problems, monkeypatch):
         folder = tmp_path / f"at{len(made)}"
         folder.mkdir()
         config = {
-            "run": {"hang_timeout_s": 2},
             "model": {"path": str(tiny_model), "dtype": "float32"},
             "data": {"source": "file", "path": str(problems), "num_prompts": 30, "max_prompt_tokens": 64},
             "reward": {"functions": {"user_reward_of_the_test:even": 1.0}},
@@ -119,7 +118,7 @@ def test_killed_and_gone_on_with_nothing_is_lost_or_comes_twice(distillation):
 def test_an_engine_that_dies_or_hangs_is_started_again_and_nothing_changes(distillation):
     undisturbed = distillation()
     in_this_process(undisturbed, str(undisturbed.config_path))
-    run = distillation()
+    run = distillation(run={"hang_timeout_s": 2})
     run.start("rollout.fake_token_s=0.05")
     run.until_lines(4)
     for strike in (signal.SIGKILL, signal.SIGSTOP):

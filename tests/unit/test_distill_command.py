@@ -133,7 +133,7 @@ def test_recorded_responses_are_verified_selected_and_counted(make, capsys):
     assert report["accuracy"]["pass_at_1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert report["arguments"]["distill"]["responses_column"] == "texts"
     printed = capsys.readouterr().out
-    assert "0.500" in printed and "wrong 4" in printed and "out/pairs.jsonl" in printed
+    assert "0.500" in printed and "wrong 4" in printed and "7 responses in" in printed and "out/pairs.jsonl" in printed
     assert not list(Path("out").glob("*.writing"))
 
 
