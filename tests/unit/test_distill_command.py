@@ -207,7 +207,8 @@ def student(folder, *rows):
 
 
 def test_only_questions_that_the_student_has_solved_are_asked(make, capsys):
-    student("s", ("a", "2 + 2?", False), ("a", "2 + 2?", True), ("b", "1 + 2?", False), ("z", "other", True))
+    solved = [("a", "2 + 2?", right) for right in (False, True, False)]
+    student("s", *solved, ("b", "1 + 2?", False), ("z", "other", True))
     assert cli.main(["distill", make(distill={"student": "s"}), "--out", "out"]) == 0, capsys.readouterr().err
     report = json.loads(Path("out/report.json").read_text())
     assert report["questions"] == {
@@ -315,6 +316,9 @@ def test_a_running_server_is_asked_with_its_key_and_a_seed_for_each_response(mak
         # Later, more of each: only the new ones are asked for.
         assert cli.main(["distill", "--out", "out", "--resume", "distill.samples_per_prompt=5"]) == 0
         assert len(server.requests) == 15 and len(lines(Path("out/samples.jsonl"))) == 15
+        # And fewer: those beyond are there, and count for nothing.
+        assert cli.main(["distill", "--out", "out", "--resume", "distill.samples_per_prompt=2"]) == 0
+        assert json.loads(Path("out/report.json").read_text())["responses"]["in"] == 6
 
 
 def test_a_servers_divided_response_is_put_together_and_raw_text_goes_to_completions(make, monkeypatch):
