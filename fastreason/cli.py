@@ -22,6 +22,7 @@ examples:
   fastreason train configs/quickstart.yaml --only train --groups runs/try/groups eval.num_prompts=0
   fastreason report run runs/try
   fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
+  fastreason distill configs/mini/distill.yaml --out data/sums
   fastreason doctor configs/quickstart.yaml
 """
 
@@ -53,6 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
     run = kinds.add_parser("run", help="reward, staleness, where the time went, a piece of the timeline")
     run.add_argument("run", metavar="RUN", help="folder of a run; it may still be running")
     run.add_argument("--out", metavar="FILE", help="picture to write (PNG); default: RUN/report.png")
+    distill = commands.add_parser("distill", help="sample a teacher, verify, and write positives and pairs")
+    distill.add_argument(
+        "config", nargs="?", help="YAML file, e.g. configs/mini/distill.yaml; with --resume: OUT's own"
+    )
+    distill.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. distill.keep=4")
+    distill.add_argument(
+        "--out", metavar="FOLDER", required=True, help="folder for responses, positives, pairs, report"
+    )
+    distill.add_argument("--resume", action="store_true", help="go on in FOLDER: sample only what is not there")
+    distill.add_argument("--dry-run", action="store_true", help="check all that needs no model, print the config, stop")
     doctor = commands.add_parser("doctor", help="check this machine, and a config against it")
     doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
@@ -114,8 +125,13 @@ def main(arguments: list[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        commands = {"train": train_command, "report": report_command, "doctor": doctor_command}
-        commands["data"] = data_command
+        commands = {
+            "train": train_command,
+            "report": report_command,
+            "data": data_command,
+            "distill": distill_command,
+            "doctor": doctor_command,
+        }
         if options.command in commands:
             return commands[options.command](options)
         from fastreason.compose import run_process
@@ -245,6 +261,26 @@ def data_command(options: argparse.Namespace) -> int:
             prepare_openr1(options, grader)
     else:
         prepare_openr1(options, None)
+    return 0
+
+
+def distill_command(options: argparse.Namespace) -> int:
+    from fastreason.distill.command import CONFIG_FILE, check_machine, run_distill
+    from fastreason.distill.section import anchored, dump_distill_config, load_distill_config
+
+    path, overrides, out = options.config, list(options.overrides), Path(options.out)
+    if options.resume and (path is None or "=" in path):
+        path, overrides = out / CONFIG_FILE, [*([path] if path else []), *overrides]
+    if path is None:
+        raise ConfigError(
+            "distill: give a config file, e.g. fastreason distill configs/mini/distill.yaml --out FOLDER."
+        )
+    config = anchored(load_distill_config(path, overrides))
+    unchecked = check_machine(config)
+    if not options.dry_run:
+        return run_distill(config, out, options.resume)
+    print(dump_distill_config(config), end="")
+    print("".join(f"# unchecked, because it may need the network: {item}\n" for item in unchecked), end="")
     return 0
 
 

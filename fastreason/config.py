@@ -6,7 +6,7 @@ is found here, and reported with the key, the value, what is allowed and what to
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -24,9 +24,12 @@ from fastreason.sections import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    Section,
     TeacherConfig,
     TrainConfig,
 )
+
+S = TypeVar("S", bound=Section)
 
 __all__ = [
     "AlgorithmConfig",
@@ -45,11 +48,14 @@ __all__ = [
     "apply_override",
     "batch_derivation",
     "check_arithmetic",
+    "check_sources",
     "dump_config",
     "load_config",
     "num_updates",
     "parse_config",
+    "read_raw",
     "updates_prompts",
+    "validate",
 ]
 
 
@@ -58,6 +64,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises `ConfigError` with the key, the value, what is allowed and what to do.
     """
+    return parse_config(read_raw(path, overrides))
+
+
+def read_raw(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A YAML file's mapping with `section.key=value` overrides, unchecked; raises `ConfigError` where it is none."""
     path = Path(path)
     if not path.is_file():
         shipped = sorted(str(p) for p in Path("configs").glob("**/*.yaml"))
@@ -73,7 +84,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} holds a {type(raw).__name__}; a config is a mapping of sections, e.g. 'train:'.")
     for override in overrides or []:
         apply_override(raw, override)
-    return parse_config(raw)
+    return raw
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -98,12 +109,17 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 def parse_config(raw: dict[str, Any]) -> Config:
     """Check a raw mapping and return the config; raises `ConfigError` that lists everything found wrong."""
-    try:
-        config = Config.model_validate(raw)
-    except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+    config = validate(Config, raw)
     check_arithmetic(config)
     return config
+
+
+def validate(root: type[S], raw: dict[str, Any]) -> S:
+    """A raw mapping as the sections of `root`; raises `ConfigError` that lists every key found wrong."""
+    try:
+        return root.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, root) for item in error.errors())) from error
 
 
 def dump_config(config: Config) -> str:
@@ -111,42 +127,49 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _section_fields(path: tuple[Any, ...]) -> list[str]:
+def _section_of(annotation: Any) -> Any:
+    """The section that a field holds, also where it may be null."""
+    return next((each for each in get_args(annotation) if hasattr(each, "model_fields")), annotation)
+
+
+def _section_fields(path: tuple[Any, ...], root: type[Section]) -> list[str]:
     """The keys allowed under a dotted path; empty where the path ends in a free mapping."""
-    model: Any = Config
+    model: Any = root
     for part in path:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:
             return []
-        model = field.annotation
+        model = _section_of(field.annotation)
     return list(model.model_fields) if hasattr(model, "model_fields") else []
 
 
-def _describe(location: tuple[Any, ...]) -> str:
-    model: Any = Config
+def _describe(location: tuple[Any, ...], root: type[Section]) -> str:
+    model: Any = root
     field = None
     for part in location:
         fields = getattr(model, "model_fields", {})
         if part not in fields:
             break
         field = fields[part]
-        model = field.annotation
+        model = _section_of(field.annotation)
     return f" ({field.description})" if field is not None and field.description else ""
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, root: type[Section]) -> str:
     location = tuple(item["loc"])
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        allowed = _section_fields(location[:-1])
+        allowed = _section_fields(location[:-1], root)
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         where = ".".join(str(p) for p in location[:-1]) or "the top level"
         guess = f"did you mean {near[0]!r}? " if near else ""
         return f"{key}: unknown key; {guess}{where} has: {', '.join(allowed)}."
     if item["type"] == "missing":
-        return f"{key}: missing, and there is no default{_describe(location)}. Add it to the file or pass {key}=..."
+        return (
+            f"{key}: missing, and there is no default{_describe(location, root)}. Add it to the file or pass {key}=..."
+        )
     message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{key}={item['input']!r}: {message}{_describe(location)}."
+    return f"{key}={item['input']!r}: {message}{_describe(location, root)}."
 
 
 def check_arithmetic(config: Config) -> None:
@@ -175,6 +198,15 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: both change the distribution that is "
             "sampled from, and the trainer's ratio would be wrong. Train with top_p=1 and top_k=0."
         )
+    check_sources(data, reward)
+    if train.warmup_steps > num_updates(config):
+        raise ConfigError(
+            f"train.warmup_steps={train.warmup_steps} is more than the {num_updates(config)} updates of the run."
+        )
+
+
+def check_sources(data: DataConfig, reward: RewardConfig) -> None:
+    """Raise `ConfigError` where problems or rewards lack what they need."""
     if data.source == "reasoning_gym" and not data.task:
         raise ConfigError("data.task: missing; data.source=reasoning_gym needs the name of a task, e.g. chain_sum.")
     if data.source in ("file", "hub") and not data.path:
@@ -187,10 +219,6 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError("reward.functions={} is empty: name at least one, e.g. {math: 1.0}.")
     if "reward_model" in reward.functions and not reward.reward_model_url:
         raise ConfigError("reward.reward_model_url: missing; reward.functions asks for reward_model.")
-    if train.warmup_steps > num_updates(config):
-        raise ConfigError(
-            f"train.warmup_steps={train.warmup_steps} is more than the {num_updates(config)} updates of the run."
-        )
 
 
 def num_updates(config: Config) -> int:

@@ -63,10 +63,11 @@ ALLOWED = {
     "sync": MEANING | PLUMBING | {"policy"},
     **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
     **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
+    **dict.fromkeys(("serving", "distill"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose", "companions"}
+CHOOSERS = {"cli", "preflight", "launch", "compose", "companions", "serving"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}

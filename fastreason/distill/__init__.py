@@ -1,0 +1,1 @@
+"""`fastreason distill`: a teacher's responses, verified, and what of them is worth training on."""

@@ -1,0 +1,178 @@
+"""samples.jsonl: graded responses, one a line, appended as they finish; what is there is found again after a kill.
+
+It owns the file, its lock, and where each response stands in it; texts stay on disk. It refuses to mix responses that were
+sampled in different ways, responses to different problems under one id, and two writers.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from fastreason.errors import ConfigError, DataError
+from fastreason.types import Prompt
+
+SAMPLES_FILE, SETTINGS_FILE = "samples.jsonl", "sampling.json"
+
+
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    """One line: response number `sample` to a problem, and the verdict on it.
+
+    `num_tokens` counts the generated tokens (the end token included); it and `finish_reason` ("stop" | "length") are null
+    where nobody said.
+    """
+
+    id: str
+    sample: int
+    problem: str
+    answer: str | None
+    response: str
+    num_tokens: int | None
+    finish_reason: str | None
+    correct: bool
+    reward: float
+    timed_out: bool = False
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+class Kept(NamedTuple):
+    """A response without its text: where its line stands, and what a choice among responses needs to know."""
+
+    sample: int
+    offset: int
+    num_bytes: int
+    correct: bool
+    truncated: bool
+    num_tokens: int | None
+    num_chars: int
+
+
+class SampleStore:
+    """The responses in one folder; `kept[id][sample]` are those there. Only one process at a time may hold it.
+
+    Raises ConfigError where another process holds it, and DataError where a line in the middle cannot be read or comes twice.
+    `add` raises DataError where the disk is full. A last line without its end, which is what a kill leaves, is cut off.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / SAMPLES_FILE
+        self.kept: dict[str, dict[int, Kept]] = {}
+        self._problems: dict[str, bytes] = {}
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (held for as long as the store)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ConfigError(f"--out {folder}: another process is writing to {self.path}. Wait for its end.") from None
+        try:
+            self._size = self._read()
+            self._file.truncate(self._size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __len__(self) -> int:
+        return sum(map(len, self.kept.values()))
+
+    def add(self, response: Response) -> Kept:
+        """Append a response: one whole line in one write, so that a kill loses no other."""
+        line = msgspec.json.encode(response) + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be written: {error}. Make room, then go on with --resume.") from error
+        if written != len(line):
+            raise DataError(f"{self.path}: the disk is full. Make room, then go on with --resume.")
+        kept = self._note(response, self._size, len(line), "the new response")
+        self._size += len(line)
+        return kept
+
+    def read(self, kept: Kept) -> Response:
+        """The whole of a response that is kept."""
+        return msgspec.json.decode(os.pread(self._file.fileno(), kept.num_bytes, kept.offset), type=Response)
+
+    def check_problems(self, prompts: Iterable[Prompt]) -> None:
+        """Raise ConfigError where the responses under a prompt's id are to another problem, or judged by another answer."""
+        for prompt in prompts:
+            if self._problems.get(prompt.id, identity := _identity(prompt.text, prompt.answer)) != identity:
+                raise ConfigError(
+                    f"{self.path} holds responses to another problem, or with another gold answer, under the id "
+                    f"{prompt.id!r}: the section data has changed. Set it back, or use another folder."
+                )
+
+    def close(self) -> None:
+        """Bring everything to the disk and let go of the lock. May be called twice."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _read(self) -> int:
+        """Index the lines that are there; returns the bytes of those that are whole."""
+        decoder, position = msgspec.json.Decoder(Response), 0
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                place = f"{self.path}, line {number}"
+                try:
+                    response = decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    raise DataError(f"{place} is no graded response: {error}. Repair or delete the line.") from error
+                self._note(response, position, len(line), place)
+                position += len(line)
+        return position
+
+    def _note(self, response: Response, offset: int, num_bytes: int, place: str) -> Kept:
+        identity = _identity(response.problem, response.answer)
+        if self._problems.setdefault(response.id, identity) != identity:
+            raise DataError(f"{place}: the id {response.id!r} was another problem's before. Delete the line.")
+        of_problem = self.kept.setdefault(response.id, {})
+        if response.sample in of_problem:
+            raise DataError(f"{place}: response {response.sample} to {response.id!r} is there twice. Delete the line.")
+        kept = Kept(
+            sample=response.sample,
+            offset=offset,
+            num_bytes=num_bytes,
+            correct=response.correct,
+            truncated=response.truncated,
+            num_tokens=response.num_tokens,
+            num_chars=len(response.response),
+        )
+        of_problem[response.sample] = kept
+        return kept
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write down how the responses of a folder are sampled; raises ConfigError where those there were sampled otherwise."""
+    path, samples = folder / SETTINGS_FILE, folder / SAMPLES_FILE
+    asked = msgspec.json.decode(msgspec.json.encode(dict(settings)))
+    if not samples.is_file() or samples.stat().st_size == 0:
+        aside = path.with_suffix(".writing")
+        aside.write_bytes(msgspec.json.format(msgspec.json.encode(asked)) + b"\n")
+        os.replace(aside, path)
+        return
+    try:
+        held = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{path}: how the responses there were sampled cannot be read: {error}. Use another folder."
+        ) from None
+    differing = [key for key in sorted({*held, *asked}) if held.get(key) != asked.get(key)]
+    if differing:
+        told = "; ".join(f"{key}={held.get(key)!r} then, {asked.get(key)!r} now" for key in differing)
+        raise ConfigError(
+            f"--out {folder}: the responses there were made in another way, and would be mixed: {told}. Set it back, or use "
+            "another folder."
+        )
+
+
+def _identity(problem: str, answer: str | None) -> bytes:
+    return hashlib.blake2b(repr((problem, answer)).encode("utf-8", "replace"), digest_size=12).digest()

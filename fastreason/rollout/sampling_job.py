@@ -1,0 +1,176 @@
+"""Many responses to many problems: each is asked for once, graded, and written down as it finishes.
+
+It owns what is asked, in which order and with which seed, and the count of what came back; `fastreason distill` samples with
+it. It refuses to know who answers, and what the responses are for.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import msgspec
+
+from fastreason.rollout.engine import Engine
+from fastreason.rollout.sample_store import Response, SampleStore
+from fastreason.rollout.sampling import Grader, Tokenizer, group_seed, together
+from fastreason.types import Prompt, SamplingParams
+
+ENOUGH = 20  # responses after which their speed says something
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """A response before it is graded; None where the source does not say."""
+
+    text: str
+    num_tokens: int | None = None
+    finish_reason: str | None = None
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """Response number `sample` to a prompt, wanted; `recorded` is the response where it exists already."""
+
+    prompt: Prompt
+    sample: int
+    recorded: Reply | None = None
+
+
+class Sampler(Protocol):
+    """Whoever answers: an engine of ours, a server, or a file."""
+
+    async def reply(self, ask: Ask) -> Reply: ...
+
+
+class EngineSampler:
+    """Answers with an engine: one request a response, each with a seed made of the job's, the problem's id and its number.
+
+    So a response does not depend on what else was asked, and a job that was interrupted gets the same ones.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        render: Callable[[Prompt], list[int]],
+        params: SamplingParams,
+        seed: int,
+    ) -> None:
+        self._engine, self._tokenizer, self._render = engine, tokenizer, render
+        self._params, self._seed, self._num_asked = params, seed, 0
+
+    async def reply(self, ask: Ask) -> Reply:
+        self._num_asked += 1
+        seed = group_seed(self._seed, ask.sample, ask.prompt.id)
+        params = msgspec.structs.replace(self._params, n=1, seed=seed)
+        (completion,) = await self._engine.generate(f"s{self._num_asked}", self._render(ask.prompt), params)
+        return Reply(
+            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            num_tokens=len(completion.token_ids),
+            finish_reason=completion.finish_reason,
+        )
+
+
+class RecordedSampler:
+    """Answers with what the data holds."""
+
+    async def reply(self, ask: Ask) -> Reply:
+        assert ask.recorded is not None
+        return ask.recorded
+
+
+def missing_asks(prompts: Iterable[Prompt], num_samples: int, store: SampleStore) -> Iterator[Ask]:
+    """Responses 0 to `num_samples - 1` of each prompt that the store does not hold, one prompt after the other."""
+    for prompt in prompts:
+        held = store.kept.get(prompt.id, {})
+        yield from (Ask(prompt=prompt, sample=number) for number in range(num_samples) if number not in held)
+
+
+async def run_job(
+    asks: Iterable[Ask],
+    sampler: Sampler,
+    grader: Grader,
+    store: SampleStore,
+    *,
+    concurrency: int,
+    on_response: Callable[[Response], None],
+) -> None:
+    """Have every ask answered, graded and stored, `concurrency` at a time; the first failure ends the job and is raised."""
+    waiting = iter(asks)
+
+    async def work() -> None:
+        for ask in waiting:
+            reply = await sampler.reply(ask)
+            truncated = reply.finish_reason == "length"
+            (grade,) = await grader.grade(ask.prompt, [reply.text], [truncated])
+            response = Response(
+                id=ask.prompt.id,
+                sample=ask.sample,
+                problem=ask.prompt.text,
+                answer=ask.prompt.answer,
+                response=reply.text,
+                num_tokens=reply.num_tokens,
+                finish_reason=reply.finish_reason,
+                correct=grade.correct,
+                reward=grade.reward,
+                timed_out=grade.timed_out,
+            )
+            store.add(response)
+            on_response(response)
+
+    await together(*(work() for _ in range(concurrency)))
+
+
+class Tally:
+    """What a job has done since its start, and a line about it every `interval_s` seconds."""
+
+    def __init__(
+        self,
+        total: int,
+        say: Callable[[str], None],
+        interval_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.num_done, self.num_right, self.num_truncated, self.num_tokens = total, 0, 0, 0, 0
+        self._say, self._interval_s, self._clock = say, interval_s, clock
+        self._started = self._said = clock()
+
+    @property
+    def seconds(self) -> float:
+        """Since the job began to wait for its first response."""
+        return self._clock() - self._started
+
+    def begin(self) -> None:
+        """Count the time from here: whoever answers is ready."""
+        self._started = self._said = self._clock()
+
+    def add(self, response: Response) -> None:
+        self.num_done += 1
+        self.num_right += response.correct
+        self.num_truncated += response.truncated
+        self.num_tokens += response.num_tokens or 0
+        if self.num_done == self.total or self._clock() - self._said >= self._interval_s:
+            self._said = self._clock()
+            self._say(self.line())
+
+    def line(self) -> str:
+        """Counts, shares and speed of this start, and the time left at that speed."""
+        seconds, num = max(self.seconds, 1e-9), max(self.num_done, 1)
+        parts = [
+            f"{self.num_done}/{self.total} responses",
+            f"right {self.num_right / num:.3f}",
+            f"cut off {self.num_truncated / num:.0%}",
+        ]
+        if self.num_tokens:
+            parts.append(f"{self.num_tokens / seconds:.0f} tok/s")
+        if self.num_done >= min(self.total, ENOUGH):
+            parts.append(f"{_duration(seconds * (self.total - self.num_done) / num)} left")
+        return "  ".join(parts)
+
+    def figures(self) -> dict[str, Any]:
+        """For a report: `seconds` and the tokens per second of this start."""
+        rate = self.num_tokens / self.seconds if self.num_done and self.seconds else None
+        return {"seconds": round(self.seconds, 3), "tok_per_s": round(rate, 1) if rate else None}
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
