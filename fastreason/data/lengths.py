@@ -99,12 +99,14 @@ class Lengths:
         canvas = FigureCanvasAgg(figure)
         panels = figure.subplots(len(self._series), 1, squeeze=False)[:, 0]
         for axes, colour, (name, series) in zip(panels, COLOURS, self._series.items(), strict=False):
-            axes.set_title(f"{name} ({len(series):,})", loc="left", fontsize=10)
+            limit = limits.get(name)
+            ends = "" if limit is None else f", limit {limit:,}"
+            axes.set_title(f"{name}: {len(series):,} rows{ends}", loc="left", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
             if series:
                 axes.hist(np.frombuffer(series, dtype=np.int32), bins=80, color=colour)
-            limit = limits.get(name)
-            if limit is not None:
+            # A limit far off would press the rest into a corner.
+            if limit is not None and limit <= max(series, default=0):
                 axes.axvline(limit, color="#333333", linestyle="--", linewidth=1)
             axes.set(xlabel=f"{self.unit}", ylabel="rows")
         canvas.print_png(file)

@@ -51,6 +51,7 @@ COLUMNS = {
 }
 OPTIONAL = {"answer", "id"}
 LABELS = {"llama", "math_verify"}
+FILTERING = {"valid", "source"}
 
 
 class Grader(Protocol):
@@ -126,14 +127,14 @@ PAIR_DROPS = ("no_incorrect", "prompt_too_long", "response_too_long")
 
 def check_columns(names: Sequence[str], mapping: Mapping[str, str], verifiers: str) -> Columns:
     """Where each role is found; raises `DataError` that lists the columns for a role that is needed and absent."""
-    optional = OPTIONAL | (LABELS if verifiers == "regrade" else set())
+    candidates = {role: known for role, known in COLUMNS.items() if verifiers != "regrade" or role not in LABELS}
     # A role mapped to nothing turns its filter off.
     off = {role for role, column in mapping.items() if not column}
-    if unknown := off - {"valid", "source", *optional}:
-        role = min(unknown)
-        raise DataError(f"--columns {role}=: it is needed. Only valid= and source= (their filters then do not act), "
-                        f"and {', '.join(f'{role}=' for role in sorted(optional))} can be left empty.")  # fmt: skip
-    return Columns.resolve(COLUMNS, names, mapping, optional | off)
+    allowed = sorted(OPTIONAL | FILTERING)
+    if needed := (off & candidates.keys()).difference(allowed):
+        role = min(needed)
+        raise DataError(f"--columns {role}=: it is needed. Only these can be left empty: {', '.join(allowed)}.")
+    return Columns.resolve(candidates, names, mapping, OPTIONAL | off)
 
 
 def shuffle_ranks(num_rows: int, seed: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import xxhash
 from fastreason.data.raw_rows import RawRow
 from fastreason.errors import DataError
 
-REPORT, BAD_ROWS, CONTAMINATED = "report.json", "bad_rows.jsonl", "contaminated.jsonl"
+REPORT, BAD_ROWS, CONTAMINATED, PICTURE = "report.json", "bad_rows.jsonl", "contaminated.jsonl", "lengths.png"
 BAD_ROWS_SHOWN = 20
 PROGRESS_EVERY_S = 10.0
 
@@ -32,7 +32,7 @@ class PreparedFolder:
     def __init__(self, folder: Path, names: Sequence[str], overwrite: bool = False) -> None:
         """`names`: what it will hold, besides `report.json`; raises `DataError` where one of them is there already."""
         self.folder = folder
-        self._known = [*names, BAD_ROWS, CONTAMINATED, "lengths.png", REPORT]
+        self._known = [*names, BAD_ROWS, CONTAMINATED, PICTURE, REPORT]
         self._open: dict[str, BinaryIO] = {}
         self._closing = contextlib.ExitStack()
         self.num_bad = 0

@@ -9,12 +9,11 @@ from typing import Any
 from fastreason.data.contamination import NGRAM_WORDS, Contamination
 from fastreason.data.lengths import CharacterCounter, LengthCounter, Lengths, TokenCounter
 from fastreason.data.openr1 import PAIRS, POSITIVES, Grader, Preparation, Settings, check_columns
-from fastreason.data.preparation import REPORT, PreparedFolder, print_contamination, print_counts
+from fastreason.data.preparation import PICTURE, REPORT, PreparedFolder, print_contamination, print_counts
 from fastreason.data.prompt_sources import PROMPTS, PromptPreparation, find_shape
 from fastreason.data.raw_rows import RawRows, open_rows
 from fastreason.errors import DataError
 
-PICTURE = "lengths.png"
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 800, 19_000  # arXiv 2505.24850
 
 

@@ -180,6 +180,7 @@ def test_a_hub_name_that_is_not_there_says_what_to_do(capsys, tmp_path) -> None:
         ({}, ["--columns", "judge=x"], "judge=x: no such role. The roles: problem, answer, generations, llama"),
         ({}, ["--columns", "llama"], "--columns llama: write role=column"),
         ({}, ["--columns", "generations="], "--columns generations=: it is needed"),
+        ({}, ["--columns", "llama=source", "--verifiers", "regrade"], "llama=source: no such role"),
         ({}, ["--limit", "0"], "--limit 0: give at least 1"),
         ({}, ["--verifiers", "regrade", "--workers", "0"], "--workers 0: give at least 1"),
         ({}, ["--drop-contaminated"], "--drop-contaminated: against what?"),
@@ -280,7 +281,7 @@ class ByLength:
 
 def test_regrading_asks_the_grader_and_needs_no_labels(tmp_path) -> None:
     rows = [row(str(number), correctness=..., generations=["four", "seven77", "x"], answer="7") for number in range(70)]
-    path = write(tmp_path / "rows.jsonl", [*rows, row("none", correctness=..., answer=None)])
+    path = write(tmp_path / "rows.jsonl", [*rows, row("none", correctness="none", answer=None)])
     arguments = ["data", "openr1", str(path), "--out", str(tmp_path / "out"), "--verifiers", "regrade"]
     prepare_openr1(cli.build_parser().parse_args(arguments), ByLength())
     pairs = lines(tmp_path / "out" / "pairs.jsonl")
