@@ -234,7 +234,13 @@ def _rows(config: Config) -> Iterator[tables.Row]:
     try:
         yield from tables.file_rows(Path(str(config.offline.path)))
     except DataError as error:
-        raise DataError(str(error).replace("data.path", "offline.path")) from error
+        text = str(error).replace("data.path", "offline.path")
+        hint = (
+            ""
+            if Path(str(config.offline.path)).is_file()
+            else " fastreason data and fastreason distill write such files."
+        )
+        raise DataError(text + hint) from error
 
 
 def _columns(config: Config, pairs: bool) -> list[tuple[str, str]]:

