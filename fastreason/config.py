@@ -242,7 +242,7 @@ def batch_derivation(config: Config) -> list[str]:
         steps = train.steps or "as many as the rows make"
         return [
             f"step: {train.prompts_per_step} rows or pairs of {config.offline.path}, one update ({config.offline.objective})",
-            f"run: {steps} steps{epochs}",
+            f"steps: {steps}{epochs}",
             ranks,
         ]
     completions = train.prompts_per_step * rollout.samples_per_prompt

@@ -152,9 +152,14 @@ class OfflineLoop:
         parts.updater.save(parts.checkpoints.folder / f"step-{self.step:06d}.writing" / "updater")
         parts.ranks.barrier()
         if parts.ranks.is_first:
-            # Nothing is held out: the newest counts as the best.
-            done = dict(version=self.step, num_groups=0, score=float(self.step), figures=vars(self.totals))
-            parts.checkpoints.commit(TrainerState(step=self.step, **done), b"")
+            state = TrainerState(
+                step=self.step,
+                version=self.step,
+                num_groups=0,
+                score=float(self.step),  # nothing is held out: the newest counts as the best
+                figures=vars(self.totals),
+            )
+            parts.checkpoints.commit(state, b"")
         self.saved_step = self.step
 
     def _say(self, phase: str, step: int) -> None:

@@ -30,7 +30,8 @@ class TurnWriter:
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self._tokenizer, self._config = tokenizer, config
-        self.tail, end, self._tail_rest = "", [], []
+        self.tail, self._tail_rest = "", list[int]()
+        end: list[int] = []
         if config.chat_template:
             probe = Prompt(id="", text="?")
             render_token_ids(probe, config, tokenizer)  # with its clear errors
@@ -80,8 +81,8 @@ class TurnWriter:
         if not turns or turns[0] == 0:
             raise DataError("a conversation needs an assistant turn that answers something; this has none")
         messages = messages[: turns[-1] + 1]
-        whole, at, ids, trained = self._render(messages), 0, [], []
-        prompt: list[int] = []
+        whole, at = self._render(messages), 0
+        prompt, ids, trained = list[int](), list[int](), list[bool]()
         for number in turns:
             before = self._render(messages[:number], add_generation_prompt=True)
             through = self._render(messages[: number + 1])
