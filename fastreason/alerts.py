@@ -13,6 +13,7 @@ from fastreason.config import Config
 
 KL_LIMIT = 1.0  # nats per token: a policy that far from its reference no longer resembles it
 ESS_FLOOR = 0.5  # of the tokens of a batch: with less, a few of them decide the gradient
+PLUNGE = 0.2  # nats per token below the start: chosen and rejected responses both lost more than a fifth of each token
 COLLAPSE_FROM = 0.1  # below this accuracy, half of the best is within the noise of a step
 
 
@@ -155,6 +156,14 @@ def _training_rules(config: Config) -> list[Rule]:
             "the gradient is not finite. Stop, go back to the last checkpoint and lower train.lr; if it happens at "
             "once, try model.dtype=float32 and model.attn_implementation=eager to find the cause.",
             judges_nan=True,
+        ),
+        Rule(
+            ("logp/chosen_change", "logp/rejected_change"),
+            after,
+            lambda chosen, rejected: chosen < -PLUNGE and rejected < -PLUNGE,
+            f"the log-probabilities of chosen and rejected responses both plunge ({{0:.2f}} and {{1:.2f}} nats per token since "
+            f"the start, {after} step(s) in a row): the model collapses. Go back to a checkpoint; lower train.lr (now "
+            f"{config.train.lr:g}) or offline.alpha, or raise offline.beta.",
         ),
         Rule(
             ("kl/reference",),  # a teacher may be far away: it is where the policy is to go

@@ -161,6 +161,8 @@ def train_command(options: argparse.Namespace) -> int:
     groups = written_groups(options, config)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
+    if config.offline.objective is not None:
+        return train_offline(options, config, decisions)
     if groups is None and (not unchecked or config.data.source != "hub"):
         check_prompts_offline(config)
     run_dir = make_run_dir(config)
@@ -169,8 +171,25 @@ def train_command(options: argparse.Namespace) -> int:
     return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
 
 
+def train_offline(options: argparse.Namespace, config: "Config", decisions: "Decisions") -> int:
+    """A new run on written responses."""
+    from fastreason.config import batch_derivation
+    from fastreason.launch import launch, make_run_dir, write_config
+    from fastreason.offline_data import prepare_offline
+
+    run_dir = make_run_dir(config)
+    config, decisions = prepare_offline(config, run_dir, decisions)
+    write_config(config, run_dir)
+    print("\n".join(batch_derivation(config)))
+    return launch(config, run_dir, decisions, resume=False)
+
+
 def written_groups(options: argparse.Namespace, config: "Config", done: int = 0) -> Path | None:
     """The folder that `--only train` trains on, checked against the config from batch `done` on; None for other runs."""
+    if config.offline.objective is not None and (options.only or options.groups):
+        raise ConfigError(
+            f"--only, --groups: an offline run (offline.objective={config.offline.objective}) has no groups. Leave them out."
+        )
     if options.only != "train":
         if options.groups:
             raise ConfigError(
@@ -229,7 +248,8 @@ def resume_command(options: argparse.Namespace) -> int:
             f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
             f"{config.train.steps}: it is finished. Pass train.steps=N with a larger N to train on."
         )
-    if options.only != "train" and read_producer_state(path) == REPLAYED:
+    offline = config.offline.objective is not None
+    if options.only != "train" and not offline and read_producer_state(path) == REPLAYED:
         raise ConfigError(
             f"--resume {options.resume}: it was trained on written groups, and knows of no prompt that was issued. "
             "Add --only train --groups FOLDER."
@@ -237,6 +257,10 @@ def resume_command(options: argparse.Namespace) -> int:
     groups = written_groups(options, config, done=state.version)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
+    if offline:
+        from fastreason.offline_data import resume_offline
+
+        decisions = resume_offline(config, run_dir, decisions)
     write_config(config, run_dir)
     print(f"resuming from {path.name}: {state.step} of {config.train.steps} steps done")
     return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups)

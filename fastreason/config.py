@@ -21,6 +21,7 @@ from fastreason.sections import (
     EvalConfig,
     LogConfig,
     ModelConfig,
+    OfflineConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "EvalConfig",
     "LogConfig",
     "ModelConfig",
+    "OfflineConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
@@ -124,7 +126,10 @@ def validate(root: type[S], raw: dict[str, Any]) -> S:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    raw = config.model_dump(mode="json")
+    if not config.train.steps:  # left out, until the rows of offline.epochs are counted
+        del raw["train"]["steps"]
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def _section_of(annotation: Any) -> Any:
@@ -174,7 +179,38 @@ def _explain(item: Any, root: type[Section]) -> str:
 
 def check_arithmetic(config: Config) -> None:
     """Raise `ConfigError` where keys that are each valid cannot work together."""
+    train, data = config.train, config.data
+    if "{problem}" not in data.user_template:
+        raise ConfigError(
+            f"data.user_template={data.user_template!r} has no {{problem}} in it: the model would not see it."
+        )
+    if train.warmup_steps and train.warmup_share:
+        raise ConfigError(
+            f"train.warmup_share={train.warmup_share} beside train.warmup_steps={train.warmup_steps}: both say how long "
+            "the warm-up is. Leave one out."
+        )
+    if not train.steps and config.offline.epochs is None:
+        raise ConfigError(
+            "train.steps: missing, and there is no default (batches to train on). Add it to the file or pass train.steps=..."
+            + (", or offline.epochs=..." if config.offline.objective else "")
+        )
+    if config.offline.objective is None:
+        _check_online(config)
+    if train.steps and train.warmup_steps > num_updates(config):
+        raise ConfigError(
+            f"train.warmup_steps={train.warmup_steps} is more than the {num_updates(config)} updates of the run."
+        )
+
+
+def _check_online(config: Config) -> None:
+    """What only concerns a run that generates."""
     train, rollout, data, reward = config.train, config.rollout, config.data, config.reward
+    changed = {key: value for key, value in config.offline if value != type(config.offline).model_fields[key].default}
+    for key, value in changed.items():
+        raise ConfigError(
+            f"offline.{key}={value}: has no effect without offline.objective. Set that too (sft, redi, ...), or leave the "
+            "key out."
+        )
     update = train.prompts_per_update
     if update is not None and train.prompts_per_step % update:
         raise ConfigError(
@@ -211,10 +247,6 @@ def check_sources(data: DataConfig, reward: RewardConfig) -> None:
         raise ConfigError("data.task: missing; data.source=reasoning_gym needs the name of a task, e.g. chain_sum.")
     if data.source in ("file", "hub") and not data.path:
         raise ConfigError(f"data.path: missing; data.source={data.source} needs it.")
-    if "{problem}" not in data.user_template:
-        raise ConfigError(
-            f"data.user_template={data.user_template!r} has no {{problem}} in it: the model would not see it."
-        )
     if not reward.functions:
         raise ConfigError("reward.functions={} is empty: name at least one, e.g. {math: 1.0}.")
     if "reward_model" in reward.functions and not reward.reward_model_url:
@@ -234,6 +266,17 @@ def updates_prompts(config: Config) -> int:
 def batch_derivation(config: Config) -> list[str]:
     """The arithmetic of a step in words, printed at the start of a run."""
     train, rollout = config.train, config.rollout
+    ranks = (
+        f"ranks: {train.ranks} x micro-batches of at most {train.micro_batch_tokens} tokens, ZeRO-{train.zero_stage}"
+    )
+    if config.offline.objective is not None:
+        epochs = "" if config.offline.epochs is None else f" ({config.offline.epochs:g} epoch(s))"
+        steps = train.steps or "as many as the rows make"
+        return [
+            f"step: {train.prompts_per_step} rows or pairs of {config.offline.path}, one update ({config.offline.objective})",
+            f"steps: {steps}{epochs}",
+            ranks,
+        ]
     completions = train.prompts_per_step * rollout.samples_per_prompt
     return [
         f"step: {train.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {completions} completions, "
@@ -243,5 +286,5 @@ def batch_derivation(config: Config) -> list[str]:
         f"{train.prompts_per_step // updates_prompts(config)} update(s) a step, {num_updates(config)} in the run",
         f"staleness: at most {rollout.max_staleness} version(s); "
         f"{(rollout.max_staleness + 1) * train.prompts_per_step} prompts admitted before the first update",
-        f"ranks: {train.ranks} x micro-batches of at most {train.micro_batch_tokens} tokens, ZeRO-{train.zero_stage}",
+        ranks,
     ]

@@ -38,6 +38,17 @@ QUALITY = (
     ("length", "rollout/response_tokens_mean", "{:.1f} tokens"),
     ("entropy", "loss/entropy", "{:.3f}"),
 )
+# Of a run on written responses, which has no rewards.
+OFFLINE = (
+    ("epoch", "train/epoch", "{:.2f}"),
+    ("loss", "loss/policy", "{:.4f}"),
+    ("chosen", "logp/chosen", "{:.4f}"),
+    ("rejected", "logp/rejected", "{:.4f}"),
+    ("accuracy", "pairs/accuracy", "{:.3f}"),
+    ("margin", "pairs/margin", "{:.4f}"),
+    ("grad norm", "train/grad_norm", "{:.3f}"),
+    ("lr", "train/lr", "{:.2e}"),
+)
 HEALTH = (
     ("loss", "loss/policy", "{:.4f}"),
     ("KL", "loss/kl", "{:.4f}"),
@@ -201,11 +212,12 @@ class Display:
 def step_line(row: Mapping[str, Any], view: RunView) -> str:
     """One metrics row as a line of a log."""
     parts = [f"step {row['step']}/{view.config.train.steps}"]
-    parts += [f"{label} {text}" for label, text in _fields(row, QUALITY + STALENESS)]
+    offline = _is_offline(row)
+    parts += [f"{label} {text}" for label, text in _fields(row, OFFLINE if offline else QUALITY + STALENESS)]
     if row.get("time/step_s") is not None:
         inside = ", ".join(f"{label} {text}" for label, text in _fields(row, SECONDS))
         parts.append(f"{row['time/step_s']:.1f} s ({inside})" if inside else f"{row['time/step_s']:.1f} s")
-    parts += [text for label, text in _fields(row, SPEED) if label == "generated"]
+    parts += [text for label, text in _fields(row, SPEED) if label == ("trained" if offline else "generated")]
     parts += [f"{label} {text}" for label, text in _faults(row)]
     left = view.time_left_s(row["step"])
     if left and _trained(row):
@@ -241,9 +253,8 @@ def render_panel(view: RunView, console: Console) -> Panel:
     lines: list[Any] = [bar, Text(phase_line(view.progress, time.time()) if view.progress else "starting", "cyan")]
     if row:
         lines.append(Text())
-        lines += [
-            _labelled(_fields(row, fields)) for fields in (QUALITY, HEALTH + STALENESS) if any(_fields(row, fields))
-        ]
+        groups = (OFFLINE,) if _is_offline(row) else (QUALITY, HEALTH + STALENESS)
+        lines += [_labelled(_fields(row, fields)) for fields in groups if any(_fields(row, fields))]
         if row.get("time/step_s") is not None:
             total = ("seconds", f"{row['time/step_s']:.1f}")
             lines.append(_labelled([total, *_fields(row, SECONDS)]))
@@ -251,18 +262,22 @@ def render_panel(view: RunView, console: Console) -> Panel:
         if faults := _faults(row):
             lines.append(_labelled(faults))
     ascii_only = console.options.ascii_only
-    rewards = view.series("reward/mean")
-    if len(rewards) > 1:
+    name, key = ("loss", "loss/policy") if _is_offline(row) else ("reward", "reward/mean")
+    values = view.series(key)
+    if len(values) > 1:
         width = max(8, min(60, console.width - 40))
-        curve = Text.assemble(("reward ", "dim"), (sparkline(rewards, width, ascii_only), "green"))
-        curve.append(f"  {min(rewards):.3f} to {max(rewards):.3f}", "dim")
+        curve = Text.assemble((f"{name} ", "dim"), (sparkline(values, width, ascii_only), "green"))
+        curve.append(f"  {min(values):.3f} to {max(values):.3f}", "dim")
         lines.append(curve)
     evals = [(row["step"], row["eval/accuracy"]) for row in view.rows if row.get("eval/accuracy") is not None]
     if evals:
         shown = evals[:1] + evals[1:][-3:]
         lines.append(_labelled([("held-out accuracy", "  ".join(f"{a:.3f} (step {s})" for s, a in shown))]))
     lines += [Text(message, "yellow") for message in view.messages[-ALERTS_SHOWN:]]
-    title = Text("  ".join([config.run.name, Path(config.model.path).name, config.algorithm.name]), "bold")
+    title = Text(
+        "  ".join([config.run.name, Path(config.model.path).name, config.offline.objective or config.algorithm.name]),
+        "bold",
+    )
     return Panel(Group(*lines), title=title, title_align="left", padding=(0, 1))
 
 
@@ -322,6 +337,10 @@ def _result_cells(result: EvalResult) -> list[str]:
 
 def _trained(row: Mapping[str, Any]) -> bool:
     return "time/step_s" in row
+
+
+def _is_offline(row: Mapping[str, Any]) -> bool:
+    return "logp/chosen" in row
 
 
 def _fields(row: Mapping[str, Any], fields: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:

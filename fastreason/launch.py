@@ -23,7 +23,7 @@ from fastreason.config import Config, dump_config
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError, FastreasonError
 from fastreason.metrics import read_summary, write_summary
-from fastreason.models import max_model_len, read_model_config, resolve_model
+from fastreason.models import edited_model, max_model_len, read_model_config, resolve_model
 from fastreason.preflight import Decisions
 from fastreason.processes import remove_segments, spawn
 from fastreason.session import SEGMENTS, SESSION_VARIABLE, Session
@@ -159,8 +159,10 @@ def _folders(
     temporary = Path(tempfile.gettempdir())
     sweep_segments(temporary)
     folder = ExchangeFolder(0, parents=(temporary,))
-    exchange = ExchangeFolder(2 * num_bytes, exchange_parents(config.rollout))
+    published = 0 if config.offline.objective is not None else 2 * num_bytes
+    exchange = ExchangeFolder(published, exchange_parents(config.rollout))
     try:
+        model_dir = edited_model(model_dir, config.model, folder.path / "model")
         yield Session(
             folder=str(folder.path),
             run_dir=str(run_dir),
@@ -184,7 +186,8 @@ def _parts(config: Config, session: Session) -> list[Part]:
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     producer_environment = dict(environment)
     parts: list[Part] = []
-    if session.only != "train" and config.rollout.engine in SERVED:
+    generates = session.only != "train" and config.offline.objective is None
+    if generates and config.rollout.engine in SERVED:
         server, key = _engine_server(config, session)
         session = msgspec.structs.replace(session, engine_url=server.url)
         producer_environment |= key
@@ -194,7 +197,7 @@ def _parts(config: Config, session: Session) -> list[Part]:
     # Ranks inherit no key: they never talk to an engine.
     environment[SESSION_VARIABLE] = producer_environment[SESSION_VARIABLE] = str(session.write())
     both = config.rollout.cores and config.train.cores
-    if session.only != "train":
+    if generates:
         start = partial(
             spawn,
             "producer",
@@ -299,7 +302,7 @@ def _finish(config: Config, run_dir: Path, figures: dict[str, Any]) -> None:
         return
     summary |= figures
     write_summary(run_dir / "summary.json", summary)
-    if summary["steps"]:
+    if summary["steps"] and config.offline.objective is None:
         from fastreason.report.reward_curve import draw_reward_curve
 
         files["reward curve"] = draw_reward_curve(run_dir)

@@ -48,6 +48,57 @@ def check_model(config: ModelConfig, weights: bool = True) -> list[str]:
     return [] if _cached(path, weights) else [f"model.path={path!r}: a hub name that is not in the local cache"]
 
 
+def model_folder(path: str | Path) -> Path:
+    """The folder itself, or RUN/model of a run's folder; raises ModelError where a run has not saved its model."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    raise ModelError(
+        f"model.path={str(path)!r}: a run's folder without a trained model (no {folder / 'model'}). Let the run finish, "
+        "with checkpoint.save_model=true."
+    )
+
+
+# Keys of section model that edit config.json.
+EDITS = ("max_position_embeddings", "rope_theta")
+
+
+def edited_model(folder: Path, config: ModelConfig, target: Path) -> Path:
+    """The folder of a model with the config's edits: itself without any, else `target`, where all but config.json is linked.
+
+    rope_theta goes where the file keeps it: at the top, in rope_parameters (transformers 5), or in each of its layer types.
+    """
+    edits = {key: getattr(config, key) for key in EDITS if getattr(config, key) is not None}
+    if not edits:
+        return folder
+    raw = read_model_config(folder)
+    positions = edits.pop("max_position_embeddings", None)
+    if positions is not None:
+        raw["max_position_embeddings"] = positions
+    if edits:
+        _set_rope_theta(raw, edits["rope_theta"], folder)
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (target / file.name).symlink_to(file.resolve())
+    (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _set_rope_theta(raw: dict[str, Any], theta: float, folder: Path) -> None:
+    parameters = raw.get("rope_parameters")
+    nested = [part for part in (parameters or {}).values() if isinstance(part, dict)] if parameters else []
+    places = nested or ([parameters] if isinstance(parameters, dict) else [])
+    if not places and "rope_theta" not in raw and "max_position_embeddings" not in raw:
+        raise ModelError(f"model.rope_theta={theta}: {folder}/config.json has no rotary positions. Leave the key out.")
+    for place in places:
+        place["rope_theta"] = theta
+    if "rope_theta" in raw or not places:
+        raw["rope_theta"] = theta
+
+
 def resolve_model(config: ModelConfig, weights: bool = True) -> Path:
     """The model's local folder; converts a package's weights (once, about 15 s) or downloads, if the config allows it.
 
@@ -91,7 +142,8 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
 def max_model_len(config: Config, model_config: dict[str, Any], key: str = "model.path") -> int:
     """Tokens of the longest sequence of a run; raises ConfigError where the positions of the model of `key` end before that."""
     wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    limit = model_config.get("max_position_embeddings")
+    edit = config.model.max_position_embeddings if key == "model.path" else None
+    limit = edit or model_config.get("max_position_embeddings")
     if limit is not None and wanted > limit:
         raise ConfigError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="

@@ -1,7 +1,8 @@
 """From graded groups to tensors: rows, their shares among ranks, and token-budgeted micro-batches. Pure.
 
-A row is one prompt with one response. A unit is what lies in one line of a micro-batch and is never divided: a single
-row, or, in the shared layout, all rows of one prompt behind that prompt. Three layouts, the same loss:
+A row is one prompt with one response. A unit is what is never divided among micro-batches: a single row, in the shared
+layout all rows of one prompt, or the two rows of a pair. In the shared layout a unit is one line, else each row is one.
+Three layouts, the same loss:
 
     padded   units side by side, right padding, so that a causal model needs no mask
     packed   one long line, for attention that reads from the position ids where a row begins (flash-attn)
@@ -10,7 +11,7 @@ row, or, in the shared layout, all rows of one prompt behind that prompt. Three 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -27,7 +28,9 @@ class Row:
 
     `advantage` is per sequence; `token_weight` multiplies each response token's loss (1, or 1 / num_response; 0 for a
     row that only counts in the denominator). `index` is p * G + g, the response's place among the batch's [P, G] rewards.
-    `teacher_logp` are a server's log-probabilities of the response's tokens, where one was asked.
+    `teacher_logp` are a server's log-probabilities of the response's tokens, where one was asked. `trained` says which tokens
+    of the response are trained (None: all): those of a conversation's user are not. `ref_logp` is the log-probability of the
+    whole response under the reference, where a loss of pairs compares with it.
     """
 
     prompt: list[int]
@@ -37,10 +40,16 @@ class Row:
     token_weight: float = 1.0
     index: int = 0
     teacher_logp: list[float] | None = None
+    trained: list[bool] | None = None
+    ref_logp: float | None = None
 
     @property
     def num_response(self) -> int:
         return len(self.response)
+
+    @property
+    def num_trained(self) -> int:
+        return len(self.response) if self.trained is None else sum(self.trained)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -61,7 +70,7 @@ class Divergence(Protocol):
 
 @dataclass
 class MicroBatch:
-    """Tensors of one forward. L is the line's length; N the response tokens of all rows, in row order.
+    """Tensors of one forward. L is the line's length; N the trained response tokens of all rows, in row order.
 
     input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True where a query may look, or None for causal.
     head_index_N: int64, the position in the flattened [B * L] whose hidden state predicts response token n.
@@ -69,7 +78,9 @@ class MicroBatch:
     index_B: int64, `Row.index` of each row. behaviour_logp_N: fp32, what the ratio divides by; None means the current
     policy, detached: a ratio of exactly 1. ref_logp_N: fp32, of the model that a KL term compares with. kl_weight_N: fp32,
     0 or 1, which tokens that term acts on; None: all. divergence: a KL that needs the whole vocabulary, in the loss.
-    values_N, returns_N: fp32, what a critic said before the step, and what it is to learn.
+    values_N, returns_N: fp32, what a critic said before the step, and what it is to learn. weight_B: fp32, `Row.token_weight`
+    of each row. ref_sum_B: fp64, `Row.ref_logp` of each row, None where one has none. is_filler: only there because other
+    ranks have more micro-batches.
     """
 
     input_ids_BL: Tensor
@@ -90,6 +101,9 @@ class MicroBatch:
     divergence: Divergence | None = None
     values_N: Tensor | None = None
     returns_N: Tensor | None = None
+    weight_B: Tensor | None = None
+    ref_sum_B: Tensor | None = None
+    is_filler: bool = False
 
     def sequence_sums(self, values_N: Tensor) -> Tensor:
         """[N] -> [num_rows] fp64: the sum over each row's response tokens."""
@@ -173,8 +187,13 @@ def split_balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
     return shares
 
 
-def units_of(rows: Sequence[Row], layout: Layout) -> list[list[Row]]:
-    """The units of rows in order: neighbours with the same prompt together in the shared layout, else each row alone."""
+def units_of(rows: Sequence[Row], layout: Layout, pairs: bool = False) -> list[list[Row]]:
+    """The units of rows in order: neighbours with the same prompt together in the shared layout, else each row alone.
+
+    pairs: rows come two by two, and each two are a unit in every layout.
+    """
+    if pairs:
+        return [list(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     units: list[list[Row]] = []
     for row in rows:
         if layout == "shared" and units and units[-1][0].prompt == row.prompt:
@@ -189,18 +208,57 @@ def unit_length(unit: Sequence[Row]) -> int:
     return len(unit[0].prompt) + sum(row.num_response for row in unit)
 
 
-def plan_micro_batches(lengths: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
+def unit_lines(unit: Sequence[Row], layout: Layout) -> list[list[Row]]:
+    """The lines of a unit: one in the shared layout, else one a row."""
+    return [list(unit)] if layout == "shared" else [[row] for row in unit]
+
+
+def micro_batches_of(
+    rows: Sequence[Row],
+    layout: Layout,
+    budget: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    pad_token_id: int = 0,
+    pairs: bool = False,
+) -> list[MicroBatch]:
+    """One rank's micro-batches of an update's rows, at most `budget` tokens each where a unit does not need more.
+
+    Every rank makes equally many, as ZeRO's collectives need: those without enough add fillers, whose rows weigh nothing.
+    Nothing without rows. pairs: as in `units_of`.
+    """
+    units = units_of(rows, layout, pairs)
+    lines = [[unit_length(line) for line in unit_lines(unit, layout)] for unit in units]
+    shares = split_balanced([sum(lengths) for lengths in lines], num_ranks)
+    plans = []
+    for share in shares:
+        lengths = [sum(lines[i]) if layout == "packed" else max(lines[i]) for i in share]
+        plans.append(plan_micro_batches(lengths, budget, layout, [len(lines[i]) for i in share]))
+    share, plan = shares[rank], plans[rank]
+    batches = [collate([units[share[i]] for i in part], layout, pad_token_id) for part in plan]
+    while len(batches) < max(map(len, plans)):
+        filler = [replace(row, advantage=0.0, token_weight=0.0) for row in units[0][: 1 + pairs]]
+        batches.append(replace(collate([filler], layout, pad_token_id), is_filler=True))
+    return batches
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], budget: int, layout: Layout, num_lines: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of units, longest first, in micro-batches of at most `budget` tokens (padding included unless packed).
 
+    lengths: of each unit's longest line; packed: of the whole unit. num_lines: of each unit, None: one.
     A unit longer than the budget goes alone: it cannot be cut, and leaving it out would change the loss.
     """
     plans: list[list[int]] = []
-    total = 0
+    total = height = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if plans and layout == "packed":
             fits = total + lengths[index] <= budget
         else:
-            fits = bool(plans) and (len(plans[-1]) + 1) * lengths[plans[-1][0]] <= budget
+            more = 1 if num_lines is None else num_lines[index]
+            fits = bool(plans) and (height + more) * lengths[plans[-1][0]] <= budget
+            height = height + more if fits else more
         if fits:
             plans[-1].append(index)
             total += lengths[index]
@@ -216,6 +274,7 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
     Hidden state m - 1 of a prompt of m tokens predicts the first token of its response (of each, in the shared layout),
     the state at response token i - 1 predicts token i.
     """
+    units = [line for unit in units for line in unit_lines(unit, layout)]
     lengths = [unit_length(unit) for unit in units]
     width = sum(lengths) if layout == "packed" else max(lengths)
     height = 1 if layout == "packed" else len(units)
@@ -234,7 +293,7 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
             _write(input_ids_BL, position_ids_BL, line, end, row.response, len(prompt))
             positions = torch.arange(end - 1, end - 1 + row.num_response)
             positions[0] = first + len(prompt) - 1
-            head_index.append(line * width + positions)
+            head_index.append(line * width + _kept(positions, row))
             if mask_B1LL is not None:
                 mask_B1LL[line, 0, end : end + row.num_response, end : end + row.num_response] = True
             end += row.num_response
@@ -244,14 +303,15 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
     if mask_B1LL is not None:
         mask_B1LL &= torch.ones(width, width, dtype=torch.bool).tril()
     rows = [row for unit in units for row in unit]
-    repeats = torch.tensor([row.num_response for row in rows])
+    repeats = torch.tensor([row.num_trained for row in rows])
+    references = [row.ref_logp for row in rows if row.ref_logp is not None]
     return MicroBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
         mask_B1LL=mask_B1LL,
         head_index_N=torch.cat(head_index),
-        ids_N=torch.tensor([token for row in rows for token in row.response]),
-        sampler_logp_N=torch.tensor([logp for row in rows for logp in row.sampler_logp], dtype=torch.float32),
+        ids_N=torch.cat([_kept(torch.tensor(row.response), row) for row in rows]),
+        sampler_logp_N=torch.cat([_kept(torch.tensor(row.sampler_logp, dtype=torch.float32), row) for row in rows]),
         advantages_N=torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(repeats),
         token_weight_N=torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(repeats),
         sequence_N=torch.arange(len(rows)).repeat_interleave(repeats),
@@ -259,7 +319,14 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
         ref_logp_N=_teacher_logp(rows),
         num_rows=len(rows),
         num_tokens=sum(lengths),
+        weight_B=torch.tensor([row.token_weight for row in rows], dtype=torch.float32),
+        ref_sum_B=torch.tensor(references, dtype=torch.float64) if len(references) == len(rows) else None,
     )
+
+
+def _kept(values: Tensor, row: Row) -> Tensor:
+    """Of a value per response token those of trained tokens."""
+    return values if row.trained is None else values[torch.tensor(row.trained)]
 
 
 def _teacher_logp(rows: Sequence[Row]) -> Tensor | None:

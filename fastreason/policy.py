@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from fastreason.config import ModelConfig
 from fastreason.errors import ConfigError, ModelError
+from fastreason.losses.preference import PairSpec, pair_loss
 from fastreason.packing import Layout, MicroBatch
+
+LossSpec = PolicyLossSpec | PairSpec
 
 # Tokens; bench/README.md has the measurement. The scores of eager attention take memory with the square.
 SHORT_LINE = 384
@@ -31,9 +34,11 @@ class FusedHead(nn.Module):
         self.weight = weight
         self.bias = bias
 
-    def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float) -> Any:
+    def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: LossSpec | None, temperature: float) -> Any:
         if spec is None:
             return linear_logprob(hidden_ND, self.weight, batch.ids_N, bias=self.bias, temperature=temperature)
+        if isinstance(spec, PairSpec):
+            return self._pairs(hidden_ND, batch, spec, temperature)
         output = fused_loss(hidden_ND, self.weight, self.bias, batch, policy_spec(batch, spec), temperature)
         if batch.kl_weight_N is not None and spec.kl_coef:
             output = _plus(output, *self._masked_kl(hidden_ND, batch, spec, temperature))
@@ -41,6 +46,22 @@ class FusedHead(nn.Module):
             loss_sum, kl_N = batch.divergence(hidden_ND, self.weight, self.bias, batch, temperature)
             output = _plus(output, batch.divergence.coef * loss_sum, kl_N)
         return output
+
+    def _pairs(self, hidden_ND: Tensor, batch: MicroBatch, spec: PairSpec, temperature: float) -> PolicyLossOutput:
+        """A loss of pairs: the rows of the batch are chosen and rejected in turn."""
+        logp_N, entropy_N, _ = linear_logprob(
+            hidden_ND, self.weight, batch.ids_N, bias=self.bias, temperature=temperature, entropy_grad=False
+        )
+        # Sums of thousands of tokens: fp32 would round away what one pair differs by.
+        zeros_B = torch.zeros(batch.num_rows, dtype=torch.float64, device=logp_N.device)
+        logp_B = zeros_B.index_add(0, batch.sequence_N, logp_N.double())
+        num_tokens_B = zeros_B.index_add(0, batch.sequence_N, torch.ones_like(logp_N, dtype=torch.float64))
+        assert batch.weight_B is not None
+        loss_sum = pair_loss(logp_B, num_tokens_B, batch.weight_B.double(), spec, batch.ref_sum_B).loss_sum
+        zeros_N = torch.zeros_like(entropy_N)
+        none_N, all_N = zeros_N.bool(), ~zeros_N.bool()
+        ones_N = torch.ones_like(zeros_N)
+        return PolicyLossOutput(loss_sum.float(), logp_N.detach(), entropy_N, zeros_N, ones_N, none_N, all_N)
 
     def _masked_kl(
         self, hidden_ND: Tensor, batch: MicroBatch, spec: PolicyLossSpec, temperature: float
@@ -101,7 +122,10 @@ def _plus(output: PolicyLossOutput, loss_sum: Tensor, kl_N: Tensor) -> PolicyLos
 
 
 class Policy(nn.Module):
-    """`forward(batch, spec, temperature)` gives a PolicyLossOutput; with `spec=None`, (logp, entropy, lse), each [N]."""
+    """`forward(batch, spec, temperature)` gives a PolicyLossOutput; with `spec=None`, (logp, entropy, lse), each [N].
+
+    A PairSpec is a loss of pairs: rows of the batch are chosen and rejected in turn.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -112,7 +136,7 @@ class Policy(nn.Module):
         self.head = fused
 
     def forward(
-        self, batch: MicroBatch, spec: PolicyLossSpec | None, temperature: float
+        self, batch: MicroBatch, spec: LossSpec | None, temperature: float
     ) -> PolicyLossOutput | tuple[Tensor, Tensor, Tensor]:
         return self.head(self.hidden(batch), batch, spec, temperature)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastreason.config import Config, batch_derivation
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
-from fastreason.models import max_model_len, read_model_config
+from fastreason.models import max_model_len, model_folder, read_model_config
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,39 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
 
     Raises ConfigError, DataError or ModelError with the key, the value, what is allowed and what to do.
     """
-    from fastreason.algorithms import resolve_algorithm
     from fastreason.cores import require_cores
-    from fastreason.data import check_data
-    from fastreason.models import check_model
-    from fastreason.policy import choose_attention, choose_layout, choose_liger
-    from fastreason.rewards import resolve_rewards
-    from fastreason.transport import check_transport
+    from fastreason.policy import choose_layout, choose_liger
 
     device = choose_device(config.train.device)
-    resolve_algorithm(config)
-    check_transport(config, device)
-    resolve_rewards(config.reward)
+    offline = config.offline.objective is not None
+    unchecked = check_offline_run(config) if offline else check_online_run(config, device)
     for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
         if cores:
             require_cores(cores, key)
     for key, gpus in (("rollout.gpus", config.rollout.gpus), ("train.gpus", config.train.gpus)):
         if gpus:
             parse_cores(gpus, key)
-    flash = importlib.util.find_spec("flash_attn") is not None
     liger = importlib.util.find_spec("liger_kernel") is not None
     decisions = Decisions(
         device=device,
-        attention=choose_attention(config.model.attn_implementation, device, flash, longest_line(config)),
+        attention=decide_attention(config, device, longest_line(config)),
         liger=choose_liger(config.model.liger, device, liger),
     )
     choose_layout(config.train.share_prompts, decisions.attention, device)
+    return decisions, unchecked
+
+
+def check_online_run(config: Config, device: str) -> list[str]:
+    """What a run that generates and grades needs; returns what stays unchecked."""
+    from fastreason.algorithms import resolve_algorithm
+    from fastreason.data import check_data
+    from fastreason.models import check_model
+    from fastreason.rewards import resolve_rewards
+    from fastreason.transport import check_transport
+
+    resolve_algorithm(config)
+    check_transport(config, device)
+    resolve_rewards(config.reward)
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine=vllm: vllm is not installed. Run `make setup` (CPU), pip install 'fastreason[vllm]' (GPU), "
@@ -59,7 +66,30 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
     unchecked = check_data(config.data) + check_model(config.model) + check_teacher(config) + check_critic(config)
     if Path(config.model.path).is_dir():
         max_model_len(config, read_model_config(config.model.path))
-    return decisions, unchecked
+    return unchecked
+
+
+def check_offline_run(config: Config) -> list[str]:
+    """What a run on written responses needs; returns what stays unchecked."""
+    from fastreason.data.traces import check_traces
+    from fastreason.models import check_model
+    from fastreason.objectives import resolve_objective
+    from fastreason.offline_data import longest_sequence
+
+    objective = resolve_objective(config)
+    check_traces(config, objective.pairs)
+    unchecked = check_model(config.model)
+    if Path(config.model.path).is_dir():
+        longest_sequence(config, read_model_config(config.model.path))
+    return unchecked
+
+
+def decide_attention(config: Config, device: str, line_tokens: int) -> str:
+    """The attention for lines of at most so many tokens."""
+    from fastreason.policy import choose_attention
+
+    flash = importlib.util.find_spec("flash_attn") is not None
+    return choose_attention(config.model.attn_implementation, device, flash, line_tokens)
 
 
 def start_lines(config: Config) -> list[str]:
@@ -72,6 +102,8 @@ def start_lines(config: Config) -> list[str]:
 
 def longest_line(config: Config) -> int:
     """Tokens of the longest line that a micro-batch on a CPU may have: a prompt and all of its responses."""
+    if config.offline.objective is not None:
+        return config.offline.max_tokens or 1 << 20  # the traces will say
     shared = config.train.share_prompts != "off"
     responses = config.rollout.samples_per_prompt if shared else 1
     return config.data.max_prompt_tokens + responses * config.rollout.max_new_tokens
@@ -138,17 +170,22 @@ def choose_device(wanted: str) -> str:
 
 
 def anchor_paths(config: Config) -> Config:
-    """The config with its local paths made absolute, so that a run can be resumed from any folder."""
-    model, data, rollout = config.model, config.data, config.rollout
+    """The config with its local paths made absolute, so that a run can be resumed from any folder.
+
+    The folder of a run, as a model, is that of the model it has trained.
+    """
+    model, data, rollout, offline = config.model, config.data, config.rollout, config.offline
     if Path(model.path).is_dir():
-        model = model.model_copy(update={"path": str(Path(model.path).resolve())})
+        model = model.model_copy(update={"path": str(model_folder(model.path).resolve())})
+    if offline.path is not None and Path(offline.path).exists():
+        offline = offline.model_copy(update={"path": str(Path(offline.path).resolve())})
     if data.path is not None and Path(data.path).exists():
         data = data.model_copy(update={"path": str(Path(data.path).resolve())})
     if rollout.exchange_dir is not None:
         rollout = rollout.model_copy(update={"exchange_dir": str(Path(rollout.exchange_dir).resolve())})
-    sections = {"model": model, "data": data, "rollout": rollout}
+    sections = {"model": model, "data": data, "rollout": rollout, "offline": offline}
     for name in ("teacher", "critic"):
         section = getattr(config, name)
         if section.path is not None and Path(section.path).is_dir():
-            sections[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+            sections[name] = section.model_copy(update={"path": str(model_folder(section.path).resolve())})
     return config.model_copy(update=sections)

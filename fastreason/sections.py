@@ -66,6 +66,12 @@ class ModelConfig(Section):
     allow_download: bool = Field(
         default=False, description="let a hub name be downloaded when it is not in the local cache"
     )
+    max_position_embeddings: int | None = Field(
+        None,
+        ge=1,
+        description="edit of the model, for all parts of the run and the saved model: longest sequence, tokens",
+    )
+    rope_theta: float | None = Field(None, gt=0, description="edit of the model: base of its rotary positions")
 
 
 class DataConfig(Section):
@@ -290,15 +296,50 @@ class CriticConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="first steps in which only the critic trains")
 
 
+class OfflineConfig(Section):
+    objective: str | None = Field(
+        None, description="row of the table in fastreason/objectives.py, for a run on written responses; null: online"
+    )
+    path: str | None = Field(None, description="JSON Lines or parquet file of responses, conversations or pairs")
+    response_column: str = Field("response", description="one response: column with its text")
+    messages_column: str | None = Field(
+        None, description="one response: column with a whole conversation instead; every assistant turn is trained"
+    )
+    chosen_column: str = Field("chosen", description="pairs: column with the better response")
+    rejected_column: str = Field("rejected", description="pairs: column with the worse response")
+    weight_column: str | None = Field(None, description="column with a factor of the row's loss; null: all weigh 1")
+    max_tokens: int | None = Field(
+        None, ge=2, description="prompt + response; longer rows are dropped and counted; null: what the model can take"
+    )
+    epochs: float | None = Field(None, gt=0, description="passes over the rows; null: train.steps says")
+    aggregation: Literal["token_mean", "sequence_mean"] | None = Field(
+        None, description="override: mean over the batch's tokens, or over its rows of their token means"
+    )
+    alpha: float | None = Field(None, ge=0, description="override: weight of the rejected response")
+    c: float | None = Field(None, ge=0, description="override: weight of the chosen response")
+    beta: float | None = Field(None, gt=0, description="override: steepness of the sigmoid over a pair's margin")
+    gamma: float | None = Field(None, ge=0, description="override: margin wanted of a pair, after beta")
+
+
 class TrainConfig(Section):
-    steps: int = Field(ge=1, description="batches to train on")
-    prompts_per_step: int = Field(ge=1, description="P, prompts per batch (x samples_per_prompt completions)")
+    steps: int = Field(
+        default=0,
+        ge=1,
+        validate_default=False,
+        description="batches to train on; offline it may be left out where offline.epochs is set",
+    )
+    prompts_per_step: int = Field(
+        ge=1, description="P, prompts per batch (x samples_per_prompt completions); offline: rows, or pairs"
+    )
     prompts_per_update: int | None = Field(
         None, ge=1, description="prompts per optimizer update; null: the whole batch"
     )
     lr: float = Field(1e-6, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
+    warmup_share: float = Field(
+        0.0, ge=0, le=1, description="the same as a share of the run's updates, where warmup_steps is 0"
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -351,13 +392,14 @@ class Config(Section):
 
     run: RunConfig = Field(default_factory=lambda: RunConfig())
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig())
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig())
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig())
     critic: CriticConfig = Field(default_factory=lambda: CriticConfig())
+    offline: OfflineConfig = Field(default_factory=lambda: OfflineConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
     log: LogConfig = Field(default_factory=lambda: LogConfig())

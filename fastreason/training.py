@@ -16,19 +16,7 @@ from fastreason.figures import TokenTotals, pair_figures
 from fastreason.filtering import overshoot, verdict
 from fastreason.frozen import FrozenModel, HeadDivergence
 from fastreason.kl import CoefficientState
-from fastreason.packing import (
-    Layout,
-    MicroBatch,
-    Row,
-    collate,
-    loss_denominator,
-    makes_row,
-    plan_micro_batches,
-    rows_of,
-    split_balanced,
-    unit_length,
-    units_of,
-)
+from fastreason.packing import Layout, MicroBatch, Row, loss_denominator, makes_row, micro_batches_of, rows_of
 from fastreason.ranks import Ranks
 from fastreason.types import Group
 from fastreason.update.updater import Updater, UpdateResult
@@ -310,20 +298,8 @@ class TrainingStep:
         if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient and known:
             # The denominator counts them all the same. One row stays where none has a gradient; no pairs are no update.
             rows = [row for row in rows if row.advantage] or rows[: 0 if pairs else 1]
-        units = units_of(rows, self.layout)
-        shares = split_balanced([unit_length(unit) for unit in units], self.ranks.num)
-        plans = [
-            plan_micro_batches([unit_length(units[i]) for i in share], train.micro_batch_tokens, self.layout)
-            for share in shares
-        ]
-        share, plan = shares[self.ranks.rank], plans[self.ranks.rank]
-        batches = [collate([units[share[i]] for i in part], self.layout, self.pad_token_id) for part in plan]
-        while len(batches) < max(map(len, plans)):
-            filler = collate([rows[:1]], self.layout, self.pad_token_id)
-            filler.token_weight_N.zero_()
-            filler.advantages_N.zero_()
-            batches.append(filler)
-        return batches
+        budget = train.micro_batch_tokens
+        return micro_batches_of(rows, self.layout, budget, self.ranks.rank, self.ranks.num, self.pad_token_id)
 
 
 def update_figures(results: list[UpdateResult]) -> dict[str, float]:

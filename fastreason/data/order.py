@@ -36,7 +36,7 @@ def split_held_out(
         for index, text in enumerate(texts):
             first_of.setdefault(text, index)
         candidates = list(first_of.values())
-        chosen = sorted(candidates[i] for i in _permutation(len(candidates), f"held-out/{seed}")[:num_held_out])
+        chosen = sorted(candidates[i] for i in permutation(len(candidates), f"held-out/{seed}")[:num_held_out])
         held_out = [problems[index] for index in chosen]
         held_texts = {texts[index] for index in chosen}
         train = [problem for problem, text in zip(problems, texts, strict=True) if text not in held_texts]
@@ -114,10 +114,11 @@ class PromptCursor:
 
     def _move_to(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
-        self._order = _permutation(len(self._prompts), f"order/{self._seed}/{epoch}")
+        self._order = permutation(len(self._prompts), f"order/{self._seed}/{epoch}")
 
 
-def _permutation(size: int, key: str) -> list[int]:
+def permutation(size: int, key: str) -> list[int]:
+    """The numbers below `size` in an order that is a function of `key`, on every machine."""
     source = random.Random(key)
     keys = [source.random() for _ in range(size)]
     return sorted(range(size), key=lambda index: (keys[index], index))

@@ -88,6 +88,33 @@ def draw_reward(axes: Axes, scale: Scale, rows: Sequence[Row], evals: Sequence[t
     quiet(axes)
 
 
+# Of a run on written responses: panels of one or two curves, each with the key that it shows and its colour.
+OFFLINE_PANELS = (
+    ("loss", (("loss", "loss/policy", REWARD),)),
+    (
+        "log-probability per token, nats",
+        (("chosen", "logp/chosen", REWARD), ("rejected", "logp/rejected", ACCURACY)),
+    ),
+    ("share, nats", (("accuracy", "pairs/accuracy", REWARD), ("margin", "pairs/margin", ACCURACY))),
+    ("norm of the gradient", (("gradient", "train/grad_norm", REWARD),)),
+)
+
+
+def draw_curves(
+    axes: Axes, scale: Scale, rows: Sequence[Row], label: str, curves: Sequence[tuple[str, str, str]]
+) -> None:
+    """Curves of keys of the rows against `scale`; a key that no row has is left out."""
+    for name, key, color in curves:
+        points = [(scale.at[int(row["step"])], float(row[key])) for row in rows if row.get(key) is not None]
+        if not points:
+            continue
+        marker = "." if len(points) <= FEW_STEPS else ""
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker=marker, label=name)
+    axes.set_xlabel(scale.label)
+    axes.set_ylabel(label, color=INK)
+    quiet(axes)
+
+
 @dataclass(frozen=True)
 class Bar:
     """Consecutive steps drawn as one bar, as the means over them."""

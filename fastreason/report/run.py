@@ -20,8 +20,10 @@ from fastreason.errors import ConfigError, DataError
 from fastreason.ledger import LedgerAudit, audit_ledger, read_ledger
 from fastreason.metrics import read_metrics, read_summary
 from fastreason.report.panels import (
+    OFFLINE_PANELS,
     Row,
     bars_of,
+    draw_curves,
     draw_phases,
     draw_reward,
     draw_staleness,
@@ -59,8 +61,9 @@ def report_run(run_dir: Path, out: Path | None = None, console: Console | None =
     record = read_run(run_dir)
     if out.suffix != ".png" or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: a PNG is written, into a folder that exists. Give FOLDER/NAME.png.")
-    draw_run(record, out)
-    lines = [*describe_run(record), ("picture", str(out))]
+    offline = "logp/chosen" in record.rows[-1]
+    (draw_offline if offline else draw_run)(record, out)
+    lines = [*(describe_offline if offline else describe_run)(record), ("picture", str(out))]
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         (console or Console()).print(f"{label:<{width}}   {text}", markup=False, highlight=False, soft_wrap=True)
@@ -132,6 +135,43 @@ def draw_run(record: RunRecord, out: Path) -> None:
         draw_timeline(axes, record.piece)
         _legend(axes, "A piece of the timeline, from the middle of the run", num_columns=8)
     canvas.print_png(str(out))
+
+
+def draw_offline(record: RunRecord, out: Path) -> None:
+    """Write the picture of a run on written responses: loss, log-probabilities, what becomes of pairs, the gradient."""
+    last = record.rows[-1]
+    panels = [panel for panel in OFFLINE_PANELS if any(key in last for _, key, _ in panel[1])]
+    figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
+    figure.suptitle(
+        f"{record.run_dir.resolve().name}: {last['step']} of {record.num_steps} steps", fontsize=15, color=INK
+    )
+    for place, (label, curves) in enumerate(panels):
+        axes = figure.add_subplot(2, 2, place + 1)
+        draw_curves(axes, step_scale(record.rows), record.rows, label, curves)
+        axes.legend(frameon=False, fontsize=9.5)
+    FigureCanvasAgg(figure).print_png(str(out))
+
+
+def describe_offline(record: RunRecord) -> list[tuple[str, str]]:
+    """The lines of the table of a run on written responses."""
+    rows, first, last = record.rows, record.rows[0], record.rows[-1]
+    total = _sum(rows, "time/step_s")
+    tokens = _sum(rows, "train/tokens")
+    lines = [
+        ("run", f"{record.run_dir}: {last['step']} of {record.num_steps} steps, epoch {last['train/epoch']:.2f}"),
+        ("time", f"{total:.1f} s in {len(rows)} steps, {tokens / max(1e-9, total):,.0f} tokens a second"),
+    ]
+    shown = (
+        ("loss", "loss/policy"),
+        ("chosen", "logp/chosen"),
+        ("rejected", "logp/rejected"),
+        ("accuracy of pairs", "pairs/accuracy"),
+        ("margin", "pairs/margin"),
+    )
+    for label, key in shown:
+        if first.get(key) is not None and last.get(key) is not None:
+            lines.append((label, f"{first[key]:.4f} at step {first['step']}, {last[key]:.4f} at step {last['step']}"))
+    return lines
 
 
 def _legend(axes: Axes, title: str, num_columns: int) -> None:

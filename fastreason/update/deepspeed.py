@@ -19,13 +19,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from fastreason_kernels import PolicyLossOutput, PolicyLossSpec
+from fastreason_kernels import PolicyLossOutput
 from torch import Tensor, nn
 
 from fastreason.config import TrainConfig
 from fastreason.critic import ValueLoss
+from fastreason.losses.preference import PairSpec
 from fastreason.packing import MicroBatch
-from fastreason.policy import policy_spec, score_batch
+from fastreason.policy import LossSpec, policy_spec, score_batch
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
@@ -146,7 +147,8 @@ class Trained:
     def _rate(self) -> float:
         """The learning rate of the update at hand."""
         train = self._train
-        return learning_rate(train.lr, train.lr_schedule, self.num_done, self._num_updates, train.warmup_steps)
+        warmup = train.warmup_steps or math.ceil(train.warmup_share * self._num_updates)
+        return learning_rate(train.lr, train.lr_schedule, self.num_done, self._num_updates, warmup)
 
     def _step_unwrapped(self) -> float:
         """Step where DeepSpeed leaves the optimizer bare (fp32 at stage 0) and keeps no norm; skip what is not finite."""
@@ -176,17 +178,17 @@ class DeepSpeedUpdater(Trained):
     name = "deepspeed"
 
     @torch.no_grad()
-    def logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float) -> list[Tensor]:
+    def logprobs(self, batches: list[MicroBatch], spec: LossSpec, temperature: float) -> list[Tensor]:
         # In training mode and with the update's own spec, so that they agree with the update's to the last bit.
+        if isinstance(spec, PairSpec):
+            return [self.engine(batch.to(self._device), None, temperature)[0] for batch in batches]
         found = []
         for batch in batches:
             same = score_batch(batch).to(self._device)
             found.append(self.engine(same, policy_spec(batch, spec), temperature).logp)
         return found
 
-    def update(
-        self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
-    ) -> UpdateResult:
+    def update(self, batches: list[MicroBatch], spec: LossSpec, temperature: float, denominator: float) -> UpdateResult:
         def forward(batch: MicroBatch) -> tuple[Tensor, PolicyLossOutput]:
             output = self.engine(batch, spec, temperature)
             return output.loss_sum, output

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fastreason_kernels import PolicyLossOutput, PolicyLossSpec
+from fastreason_kernels import PolicyLossOutput
 from torch import Tensor
 
 from fastreason.packing import MicroBatch
+from fastreason.policy import LossSpec
 
 
 @dataclass
@@ -33,16 +34,14 @@ class Updater(Protocol):
     rank: int
     num_ranks: int
 
-    def logprobs(self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float) -> list[Tensor]:
+    def logprobs(self, batches: list[MicroBatch], spec: LossSpec, temperature: float) -> list[Tensor]:
         """The trainer's log-probabilities of the response tokens of each micro-batch, [N] fp32, without gradients.
 
         To the last bit those that `update` finds for the same micro-batches and spec as long as the weights are the same.
         """
         ...
 
-    def update(
-        self, batches: list[MicroBatch], spec: PolicyLossSpec, temperature: float, denominator: float
-    ) -> UpdateResult:
+    def update(self, batches: list[MicroBatch], spec: LossSpec, temperature: float, denominator: float) -> UpdateResult:
         """One optimizer update from the summed loss of all ranks' micro-batches, divided once by `denominator`."""
         ...
 

@@ -51,6 +51,7 @@ def test_the_movement_of_the_policy_is_no_mismatch():
 
 # metric changes, steps in a row until it fires, a piece of the advice
 CASES = [
+    ({"logp/chosen_change": -0.5, "logp/rejected_change": -0.3}, 3, "both plunge (-0.50 and -0.30"),
     ({"reward/mean": 0.0, "reward/std": 0.0, "reward/accuracy": 0.0, "rollout/signal_share": 0.0}, 3, "samples.jsonl"),
     ({"reward/mean": -1.0, "reward/std": 0.0, "reward/accuracy": 0.0}, 3, "every reward was -1"),
     ({"rollout/truncated_share": 1.0}, 3, "max_new_tokens"),
@@ -112,3 +113,7 @@ def test_accuracy_that_falls_below_half_of_its_best_is_reported():
 
 def test_low_accuracy_that_was_never_better_is_no_collapse():
     assert feed(make_alerts(), [{"reward/accuracy": value} for value in [0.08] * 6 + [0.01] * 6]) == [[]] * 12
+
+
+def test_rejected_responses_that_lose_probability_alone_are_what_training_wants():
+    assert feed(make_alerts(), [{"logp/chosen_change": 0.1, "logp/rejected_change": -3.0}] * 9) == [[]] * 9

@@ -61,13 +61,15 @@ ALLOWED = {
     "critic": MEANING | PLUMBING | {"policy", "update"},
     "update": MEANING | PLUMBING | {"policy", "critic"},
     "sync": MEANING | PLUMBING | {"policy"},
-    **dict.fromkeys(("loop", "training", "offline", "evaluate"), PARTS | PROTOCOLS),
+    "objectives": MEANING | {"policy"},
+    **dict.fromkeys(("loop", "training", "evaluate"), PARTS | PROTOCOLS),
+    "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
     **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
-    **dict.fromkeys(("serving", "distill"), EVERYTHING),
+    **dict.fromkeys(("serving", "distill", "compose_offline", "offline_data"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose", "companions", "serving"}
+CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}

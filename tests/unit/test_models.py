@@ -10,7 +10,8 @@ import pytest
 from fastreason import models
 from fastreason.config import ModelConfig, parse_config
 from fastreason.errors import ConfigError, ModelError
-from fastreason.models import cache_folder, check_model, max_model_len, read_model_config, resolve_model
+from fastreason.models import cache_folder, check_model, edited_model, max_model_len, read_model_config, resolve_model
+from fastreason.models import model_folder as run_model
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +185,37 @@ def test_the_longest_sequence_is_a_prompt_and_a_response():
     for part in ("data.max_prompt_tokens=100", "rollout.max_new_tokens=29", "= 129", "max_position_embeddings=128"):
         assert part in str(caught.value)
     assert "Lower one of the two, or let model.path be" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 3e5}),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},) * 2,
+        ({"rope_parameters": {"full": {"rope_theta": 1e4}, "sliding": {"rope_theta": 1e4}}},) * 2,
+        ({}, {"rope_theta": 3e5}),
+    ],
+)
+def test_an_edited_model_is_a_folder_of_links_with_another_config(tmp_path, before, after):
+    source = model_folder(tmp_path / "source", max_position_embeddings=4096, hidden_size=8, **before)
+    original = (source / "config.json").read_text()
+    (source / "model.safetensors").write_bytes(b"weights")
+    edits = model(source, max_position_embeddings=32768, rope_theta=3e5)
+    edited = edited_model(source, edits, tmp_path / "edited")
+    assert (edited / "model.safetensors").is_symlink() and (edited / "model.safetensors").read_bytes() == b"weights"
+    expected = json.loads(
+        json.dumps({"max_position_embeddings": 32768, "hidden_size": 8, **after}).replace("10000.0", "3e5")
+    )
+    assert read_model_config(edited) == expected
+    assert (source / "config.json").read_text() == original
+    assert edited_model(source, model(source), tmp_path / "none") == source
+
+
+def test_the_folder_of_a_run_stands_for_its_trained_model(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    with pytest.raises(ModelError, match="a run's folder without a trained model"):
+        run_model(run)
+    trained = model_folder(run / "model")
+    assert run_model(run) == trained and run_model(trained) == trained

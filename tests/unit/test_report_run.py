@@ -291,3 +291,24 @@ def test_a_picture_of_damaged_metrics_is_an_error_with_the_line(tmp_path):
     (run / "metrics.jsonl").write_text("nonsense\n" + json.dumps(row(2)) + "\n")
     with pytest.raises(DataError, match="line 1"):
         report_run(run)
+
+
+def test_a_run_on_written_responses_has_its_own_picture_and_table(tmp_path, capsys):
+    config = {"model": {"path": "a/b"}, "train": {"steps": 3, "prompts_per_step": 2}}
+    config |= {"offline": {"objective": "redi", "path": "pairs.jsonl"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    rows = [
+        {"step": n, "loss/policy": 1.0 - n, "logp/chosen": -n / 4, "logp/rejected": -n / 2, "pairs/accuracy": n / 3}
+        | {"pairs/margin": n / 4, "train/epoch": n / 2, "train/grad_norm": 1.0, "train/tokens": 50, "time/step_s": 2.0}
+        for n in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = report_run(tmp_path, console=Console(width=200))
+    told = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "2 of 3 steps, epoch 1.00",
+        "4.0 s in 2 steps, 25 tokens a second",
+        "rejected -0.5000 at step 1, -1.0000",
+    ):
+        assert part in told
+    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000
