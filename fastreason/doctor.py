@@ -117,11 +117,15 @@ def check_requirements(requirements: list[str]) -> list[Check]:
     return checks
 
 
+def _uses_vllm(config: Config) -> bool:
+    return config.rollout.engine == "vllm" and config.offline.objective is None
+
+
 def check_vllm_pairing(config: Config | None) -> Check:
     """Whether the installed vLLM was built for the installed torch, from their metadata."""
     found = {name: version for name in VLLM_DISTRIBUTIONS if (version := installed_version(name))}
     torch = installed_version("torch")
-    needed = config is not None and config.rollout.engine == "vllm"
+    needed = config is not None and _uses_vllm(config)
     if not found:
         advice = "Run: pip install 'fastreason[vllm]' on a GPU machine, or the CPU set-up of README.md."
         return Check("vllm", "fail" if needed else "warn", "not installed", advice)
@@ -189,7 +193,7 @@ def check_import(name: str, found: Finding, config: Config | None) -> Check:
         return Check(
             label, "warn", found.reason, "Reinstall flash-attn for this torch, or model.attn_implementation=sdpa."
         )
-    if name == "vllm" and config is not None and config.rollout.engine != "vllm":
+    if name == "vllm" and config is not None and not _uses_vllm(config):
         return Check(label, "warn", found.reason, "This config does not use it.")
     return Check(label, "fail", found.reason, f"Reinstall {name} for this torch; the line above is its own error.")
 

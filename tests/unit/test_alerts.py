@@ -16,6 +16,8 @@ HEALTHY = {
     "rollout/signal_share": 0.8,
     "loss/entropy": 0.9,
     "kl/reference": 0.01,
+    "logp/chosen_change": 0.1,
+    "logp/rejected_change": -0.1,
     "train/grad_norm": 0.5,
     "mismatch/logp_abs_mean": 0.01,
     "mismatch/ess": 0.98,
