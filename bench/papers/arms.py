@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 LOGGED_KL = ("algorithm.kl=k3", "algorithm.kl_coef=1e-12")
 FOUR_UPDATES = ("train.prompts_per_update=3", "train.lr=2e-5", "algorithm.ratio_against=trainer", *LOGGED_KL)
-ONE_UPDATE = ("train.lr=5e-5", "algorithm.ratio_against=trainer")
+# Held-out problems cost 800 responses twice: only where a finding is about them, and where arms must train on the same prompts.
+HELD_OUT = ("eval.num_prompts=50", "eval.samples_per_prompt=16")
+ONE_UPDATE = ("train.lr=5e-5", "algorithm.ratio_against=trainer", *HELD_OUT)
 DUAL_CLIP = ("algorithm.dual_clip=3.0",)
 TAUGHT = ("algorithm.kl=k2", "algorithm.kl_target=teacher")
 
@@ -62,6 +64,7 @@ ARMS: dict[str, Arm] = {
             "train.steps=32",
             "train.lr=4e-5",
             "train.lr_schedule=linear",
+            *HELD_OUT,
             "rollout.samples_per_prompt=16",
             "rollout.max_staleness=1",
             "checkpoint.save_model=true",

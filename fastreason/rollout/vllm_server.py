@@ -53,6 +53,7 @@ def server_command(
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
         options["--max-num-batched-tokens"] = max(4096, max_model_len)
         options["--max-num-seqs"] = 128
+        options["--block-size"] = 32  # of 128, which it takes by itself, a group shares no prompt below 128 tokens
     else:
         options["--gpu-memory-utilization"] = config.gpu_memory_utilization
         if config.transport in ("ipc", "nccl"):

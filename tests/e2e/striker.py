@@ -58,7 +58,9 @@ class Striker:
         self.num_strikes = {"engine": 0, "producer": 0, "grader": 0}
         self._newest = dict.fromkeys(self.num_strikes, 0.0)  # start of the process that was struck last
         self._mark = self.run.folder / "mark"
-        self.run.environment |= {"TEST_REWARD_SLEEP_S": "0.05", "TEST_REWARD_MARK": str(self._mark)}
+        # Grading lasts long enough to be struck in: vLLM hands over several responses at once.
+        sleep_s = "0.05" if engine == "fake" else "0.2"
+        self.run.environment |= {"TEST_REWARD_SLEEP_S": sleep_s, "TEST_REWARD_MARK": str(self._mark)}
 
     def victim(self, name: str) -> psutil.Process:
         """A process of that part, started after the one that was struck last."""
@@ -77,7 +79,7 @@ class Striker:
 
     def strike(self, name: str, number: int, phase: str) -> None:
         """Send the signal; where the phase was over by then, strike again in a later step."""
-        for _ in range(4):
+        for _ in range(8):
             process = self.victim(name)
             self.await_phase(phase, grading=name == "grader" and phase == "generate")
             self._newest[name] = started_at(process)
