@@ -1,18 +1,18 @@
 """Which verified responses become training data, and what a job's responses say of the model. Pure: no file, no clock.
 
-It sees verdicts and lengths, never a text. Filters act in a fixed order and count what they drop, so that the counts add up
-to what came in.
+It sees verdicts, lengths and whether there is a text, never the text. Filters act in a fixed order and count what they drop,
+so that the counts add up to what came in.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 
 class Judged(Protocol):
-    """A response without its text: its number, the verdict, whether it was cut off, and its length."""
+    """A response without its text: its number, the verdict, whether it was cut off or is blank, and its length."""
 
     @property
     def sample(self) -> int: ...
@@ -24,6 +24,8 @@ class Judged(Protocol):
     def num_tokens(self) -> int | None: ...
     @property
     def num_chars(self) -> int: ...
+    @property
+    def empty(self) -> bool: ...
 
 
 @dataclass
@@ -43,6 +45,13 @@ class Passage:
 
     def as_dict(self) -> dict[str, Any]:
         return {"in": self.num_in, "dropped": dict(self.dropped), "out": self.num_out}
+
+
+# Which responses are neither right nor wrong, in the order in which they are left out.
+UNUSABLE: dict[str, Callable[[Judged], bool]] = {
+    "cut_off": lambda response: response.truncated,
+    "empty": lambda response: response.empty,
+}
 
 
 @dataclass(frozen=True)
@@ -66,19 +75,24 @@ def select(
 
     In the order of `judged`, one question after the other. "shortest": by tokens, or characters where tokens are not known of
     all, the earlier of two alike. The pair is of the first ones either way (arXiv 2505.24850); at most 8 are kept in
-    arXiv 2505.14216. Left out: removal of responses that are alike.
+    arXiv 2505.14216. A response that one of `UNUSABLE` names is neither right nor wrong. Left out: removal of responses that
+    are alike.
     """
     positives: list[tuple[str, int]] = []
     pairs: list[tuple[str, int, int]] = []
-    responses = Passage(sum(map(len, judged.values())), dict.fromkeys(("cut_off", "wrong", "beyond_keep"), 0))
+    responses = Passage(sum(map(len, judged.values())), dict.fromkeys((*UNUSABLE, "wrong", "beyond_keep"), 0))
     questions = Passage(len(judged), dict.fromkeys(("no_response", "no_right_response"), 0))
     paired = Passage(len(judged), dict.fromkeys(("no_right_response", "no_wrong_response"), 0))
     for id, given in judged.items():
-        whole = sorted((r for r in given if truncated == "keep" or not r.truncated), key=lambda r: r.sample)
+        whole = sorted(given, key=lambda r: r.sample)
+        for name, unusable in UNUSABLE.items():
+            if name != "cut_off" or truncated == "drop":
+                num = len(whole)
+                whole = [response for response in whole if not unusable(response)]
+                responses.drop(name, num - len(whole))
         right, wrong = [r for r in whole if r.correct], [r for r in whole if not r.correct]
         chosen = _shortest(right)[:keep] if order == "shortest" else right[:keep]
         positives += [(id, response.sample) for response in chosen]
-        responses.drop("cut_off", len(given) - len(whole))
         responses.drop("wrong", len(wrong))
         responses.drop("beyond_keep", len(right) - len(chosen))
         if not right:

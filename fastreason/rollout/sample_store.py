@@ -52,6 +52,7 @@ class Kept(NamedTuple):
     truncated: bool
     num_tokens: int | None
     num_chars: int
+    empty: bool
 
 
 class SampleStore:
@@ -145,6 +146,7 @@ class SampleStore:
             truncated=response.truncated,
             num_tokens=response.num_tokens,
             num_chars=len(response.response),
+            empty=not response.response.strip(),
         )
         of_problem[response.sample] = kept
         return kept

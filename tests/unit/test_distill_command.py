@@ -133,8 +133,24 @@ def test_recorded_responses_are_verified_selected_and_counted(make, capsys):
     assert report["accuracy"]["pass_at_1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert report["arguments"]["distill"]["responses_column"] == "texts"
     printed = capsys.readouterr().out
-    assert "0.500" in printed and "wrong 4" in printed and "7 responses in" in printed and "out/pairs.jsonl" in printed
+    assert (
+        "0.500" in printed
+        and "empty 1, wrong 3" in printed
+        and "7 responses in" in printed
+        and "out/pairs.jsonl" in printed
+    )
     assert not list(Path("out").glob("*.writing"))
+
+
+def test_a_pair_has_no_blank_side(make):
+    rows = [{"id": "a", "problem": "2 + 2?", "answer": "4", "texts": ["", " \n", r"\boxed{5}", r"\boxed{4}"]}]
+    path = make()
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["distill", path, "--out", "out"]) == 0
+    (pair,) = lines(Path("out/pairs.jsonl"))
+    assert (pair["chosen"], pair["rejected"]) == (r"\boxed{4}", r"\boxed{5}")
+    dropped = json.loads(Path("out/report.json").read_text())["responses"]["dropped"]
+    assert (dropped["empty"], dropped["wrong"]) == (2, 1)
 
 
 def test_what_is_kept_can_be_chosen_again_without_grading_again(make, capsys):

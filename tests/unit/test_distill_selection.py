@@ -13,6 +13,7 @@ class R(NamedTuple):
     num_tokens: int | None = 5
     truncated: bool = False
     num_chars: int = 10
+    empty: bool = False
 
 
 JUDGED = {
@@ -28,7 +29,11 @@ def test_the_first_right_ones_are_kept_and_every_count_adds_up():
     chosen = select(JUDGED, keep=2)
     assert chosen.positives == [("mixed", 1), ("mixed", 2), ("right", 0), ("right", 1)]
     assert chosen.pairs == [("mixed", 1, 0)]
-    assert chosen.responses.as_dict() == {"in": 11, "dropped": {"cut_off": 2, "wrong": 4, "beyond_keep": 1}, "out": 4}
+    assert chosen.responses.as_dict() == {
+        "in": 11,
+        "dropped": {"cut_off": 2, "empty": 0, "wrong": 4, "beyond_keep": 1},
+        "out": 4,
+    }
     assert chosen.questions.as_dict() == {"in": 5, "dropped": {"no_response": 1, "no_right_response": 2}, "out": 2}
     assert chosen.paired.as_dict() == {
         "in": 5,
@@ -55,6 +60,19 @@ def test_responses_that_were_cut_off_are_used_only_where_asked_for():
     kept = select(JUDGED, keep=8, truncated="keep")
     assert ("cut", 0) in kept.positives and ("cut", 0, 1) in kept.pairs
     assert kept.responses.dropped["cut_off"] == 0
+
+
+def test_a_response_without_text_is_neither_right_nor_wrong():
+    judged = {"q": [R(0, False, empty=True), R(1, True, empty=True), R(2, True), R(3, False)]}
+    chosen = select(judged, keep=8)
+    assert chosen.positives == [("q", 2)] and chosen.pairs == [("q", 2, 3)]
+    assert chosen.responses.as_dict() == {
+        "in": 4,
+        "dropped": {"cut_off": 0, "empty": 2, "wrong": 1, "beyond_keep": 0},
+        "out": 1,
+    }
+    nothing_wrong = select({"q": [R(0, False, empty=True), R(1, True)]}, keep=8)
+    assert nothing_wrong.pairs == [] and nothing_wrong.paired.dropped["no_wrong_response"] == 1
 
 
 def test_accuracy_is_the_mean_over_questions_with_the_error_of_their_means():

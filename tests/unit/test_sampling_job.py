@@ -57,6 +57,47 @@ def read(folder):
     return found
 
 
+class Words:
+    """Token i is `vocabulary[i]`."""
+
+    def __init__(self, *vocabulary):
+        self.vocabulary = vocabulary
+
+    def decode(self, token_ids, skip_special_tokens=False):
+        special = ("<think>", "<end>") if skip_special_tokens else ()
+        return "".join(self.vocabulary[token] for token in token_ids if self.vocabulary[token] not in special)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "generated", "text"),
+    [
+        (["ask", "<think>", "\n"], ["so", "</think>", "7", "<end>"], "<think>\nso</think>7"),
+        (["ask", "<th", "ink>"], ["so", "<end>"], "<think>so"),
+        (["ask", "<think>", "\n", "</think>", "\n"], ["7", "<end>"], "7"),
+        (["<think>", "\n", "ask"], ["7"], "7"),
+        (["ask", "<think>", "\n"], ["<end>"], ""),
+        (["ask", "<think>", "\n"], ["<think>", "so"], "<think>\nso"),
+    ],
+)
+def test_a_thought_that_the_prompt_opened_is_opened_in_the_text(tmp_path, prompt, generated, text):
+    vocabulary = sorted({*prompt, *generated})
+
+    class Engine:
+        async def generate(self, request_id, prompt_token_ids, params):
+            assert prompt_token_ids == [vocabulary.index(word) for word in prompt]
+            return [Completion([vocabulary.index(word) for word in generated], [0.0] * len(generated), [0], "stop")]
+
+    grader, store = Grader(), SampleStore(tmp_path)
+    render = lambda _: [vocabulary.index(word) for word in prompt]  # noqa: E731
+    answer = EngineSampler(Engine(), Words(*vocabulary), render, SamplingParams(n=1, max_new_tokens=8), 0)
+    asks = [Ask(prompt=PROMPTS[0], sample=0)]
+    asyncio.run(run_job(asks, answer, grader, store, concurrency=1, on_response=lambda response: None))
+    found = store.read(store.kept["p0"][0])
+    store.close()
+    assert found.response == text and grader.seen == [("p0", [text], [False])]
+    assert found.num_tokens == len(generated), "what was generated is counted"
+
+
 def test_every_response_is_asked_once_and_graded_by_its_own_problem(tmp_path):
     heard = []
     responses = sample(tmp_path, 4, on_response=heard.append)
