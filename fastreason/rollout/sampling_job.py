@@ -4,6 +4,7 @@ It owns what is asked, in which order and with which seed, and the count of what
 it. It refuses to know who answers, and what the responses are for.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ from fastreason.rollout.sampling import Grader, Tokenizer, group_seed, together
 from fastreason.types import Prompt, SamplingParams
 
 ENOUGH = 20  # responses after which their speed says something
+THINK = "<think>"
+OPENED = re.compile(rf"{THINK}\s*\Z")
+PROMPT_END = 16  # tokens in which OPENED fits, also of a tokenizer that spells it out
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +47,9 @@ class Sampler(Protocol):
 class EngineSampler:
     """Answers with an engine: one request a response, each with a seed made of the job's, the problem's id and its number.
 
-    So a response does not depend on what else was asked, and a job that was interrupted gets the same ones.
+    So a response does not depend on what else was asked, and a job that was interrupted gets the same ones. Where the prompt
+    ends in `<think>`, as the templates of some reasoning models do, the text begins with it: a text that ends a thought has
+    its beginning too, whatever template it is trained on with.
     """
 
     def __init__(
@@ -61,12 +67,20 @@ class EngineSampler:
         self._num_asked += 1
         seed = group_seed(self._seed, ask.sample, ask.prompt.id)
         params = msgspec.structs.replace(self._params, n=1, seed=seed)
-        (completion,) = await self._engine.generate(f"s{self._num_asked}", self._render(ask.prompt), params)
+        prompt_token_ids = self._render(ask.prompt)
+        (completion,) = await self._engine.generate(f"s{self._num_asked}", prompt_token_ids, params)
+        text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Reply(
-            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            text=self._opening(prompt_token_ids, text) + text,
             num_tokens=len(completion.token_ids),
             finish_reason=completion.finish_reason,
         )
+
+    def _opening(self, prompt_token_ids: list[int], text: str) -> str:
+        if not text.strip() or text.lstrip().startswith(THINK):
+            return ""
+        opened = OPENED.search(self._tokenizer.decode(prompt_token_ids[-PROMPT_END:]))
+        return opened.group() if opened else ""
 
 
 class RecordedSampler:

@@ -26,7 +26,8 @@ class ServedSampler:
 
     With `data.chat_template` it is asked at /v1/chat/completions, else for the continuation of the raw text at
     /v1/completions. Where the server divides a response in reasoning and content, they are put together again as
-    `<think>\\n...\\n</think>\\n\\n...`. `timeout_s` limits one response.
+    `<think>\\n...\\n</think>\\n\\n...`; where a response ends a thought that it has not begun, since the server's template
+    began it, `<think>\\n` is put before it. `timeout_s` limits one response.
     """
 
     def __init__(self, url: str, data: DataConfig, params: SamplingParams, seed: int, timeout_s: float) -> None:
@@ -76,4 +77,6 @@ class ServedSampler:
 def _chat_text(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if reasoning else content
+    if reasoning:
+        return f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
+    return f"<think>\n{content}" if "</think>" in content and "<think>" not in content else content

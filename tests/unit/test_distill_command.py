@@ -256,7 +256,7 @@ class Server:
     """A chat and a completions interface in a thread, with a key: right where the seed is even, cut off where 3 divides it."""
 
     def __init__(self):
-        self.requests, self.url, self.reasoning = [], "", None
+        self.requests, self.url, self.reasoning, self.before = [], "", None, ""
 
     async def models(self, request):
         if request.headers.get("Authorization") != "Bearer hush":
@@ -266,7 +266,7 @@ class Server:
     async def answer(self, request):
         body = await request.json()
         self.requests.append({**body, "path": request.path})
-        text = f"\\boxed{{{4 + body['seed'] % 2}}}"
+        text = f"{self.before}\\boxed{{{4 + body['seed'] % 2}}}"
         end = "length" if body["seed"] % 3 == 0 else "stop"
         message = {
             "message": {"content": text, "reasoning_content": self.reasoning},
@@ -344,6 +344,10 @@ def test_a_servers_divided_response_is_put_together_and_raw_text_goes_to_complet
         assert cli.main(["distill", served(make, server, samples_per_prompt=1), "--out", "out"]) == 0
         texts = {row["response"] for row in lines(Path("out/samples.jsonl"))}
         assert texts <= {f"<think>\nlet me see\n</think>\n\n\\boxed{{{n}}}" for n in (4, 5)}
+        # A server that divides nothing, of a template that opens the thought in the prompt.
+        server.reasoning, server.before = None, "let me see\n</think>\n\n"
+        assert cli.main(["distill", served(make, server, samples_per_prompt=1), "--out", "whole"]) == 0
+        assert {row["response"] for row in lines(Path("whole/samples.jsonl"))} <= texts
         path = served(make, server, samples_per_prompt=1, top_k=20)
         overrides = ["data.chat_template=false", "data.system_prompt=null"]
         assert cli.main(["distill", path, "--out", "raw", *overrides]) == 0

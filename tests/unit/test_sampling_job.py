@@ -8,7 +8,7 @@ from fastreason.errors import EngineError
 from fastreason.rollout.fake import FakeEngine
 from fastreason.rollout.sample_store import SampleStore
 from fastreason.rollout.sampling_job import Ask, EngineSampler, Reply, Tally, missing_asks, run_job
-from fastreason.types import Grade, Prompt, SamplingParams
+from fastreason.types import Completion, Grade, Prompt, SamplingParams
 
 PROMPTS = [Prompt(id=f"p{number}", text=f"problem {number}", answer="7") for number in range(5)]
 
@@ -64,7 +64,7 @@ class Words:
         self.vocabulary = vocabulary
 
     def decode(self, token_ids, skip_special_tokens=False):
-        special = ("<think>", "<end>") if skip_special_tokens else ()
+        special = ("<end>",) if skip_special_tokens else ()
         return "".join(self.vocabulary[token] for token in token_ids if self.vocabulary[token] not in special)
 
 
@@ -76,7 +76,7 @@ class Words:
         (["ask", "<think>", "\n", "</think>", "\n"], ["7", "<end>"], "7"),
         (["<think>", "\n", "ask"], ["7"], "7"),
         (["ask", "<think>", "\n"], ["<end>"], ""),
-        (["ask", "<think>", "\n"], ["<think>", "so"], "<think>\nso"),
+        (["ask", "<think>", "\n"], ["<think>", "so"], "<think>so"),
     ],
 )
 def test_a_thought_that_the_prompt_opened_is_opened_in_the_text(tmp_path, prompt, generated, text):
@@ -85,7 +85,9 @@ def test_a_thought_that_the_prompt_opened_is_opened_in_the_text(tmp_path, prompt
     class Engine:
         async def generate(self, request_id, prompt_token_ids, params):
             assert prompt_token_ids == [vocabulary.index(word) for word in prompt]
-            return [Completion([vocabulary.index(word) for word in generated], [0.0] * len(generated), [0], "stop")]
+            ids = [vocabulary.index(word) for word in generated]
+            zeros = [0] * len(ids)
+            return [Completion(token_ids=ids, logp=[0.0] * len(ids), finish_reason="stop", token_versions=zeros)]
 
     grader, store = Grader(), SampleStore(tmp_path)
     render = lambda _: [vocabulary.index(word) for word in prompt]  # noqa: E731
