@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 
 class Judged(Protocol):
-    """A response without its text: its number, the verdict, whether it was cut off or is blank, and its length."""
+    """A response without its text: number, verdict, length, and whether it was refused, cut off, or is blank."""
 
     @property
     def sample(self) -> int: ...
@@ -26,6 +26,8 @@ class Judged(Protocol):
     def num_chars(self) -> int: ...
     @property
     def empty(self) -> bool: ...
+    @property
+    def refused(self) -> bool: ...
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Passage:
 
 # Which responses are neither right nor wrong, in the order in which they are left out.
 UNUSABLE: dict[str, Callable[[Judged], bool]] = {
+    "refused": lambda response: response.refused,
     "cut_off": lambda response: response.truncated,
     "empty": lambda response: response.empty,
 }
@@ -96,7 +99,8 @@ def select(
         responses.drop("wrong", len(wrong))
         responses.drop("beyond_keep", len(right) - len(chosen))
         if not right:
-            questions.drop("no_right_response" if given else "no_response", 1)
+            answered = not all(response.refused for response in given)
+            questions.drop("no_right_response" if answered else "no_response", 1)
         if right and wrong:
             pairs.append((id, right[0].sample, wrong[0].sample))
         else:
@@ -115,9 +119,10 @@ def accuracy_figures(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
     `standard_error` is that of the questions' means, since responses to one question are not independent: their sample
     standard deviation over the root of their number; None for fewer than two. `solved_share` is the share of questions with a
     right response, `truncated_share` that of responses cut off. Lengths are in tokens, of the responses whose count is known;
-    a figure that nothing was measured for is None.
+    a figure that nothing was measured for is None. A question that was refused says nothing of the model.
     """
-    answered = [given for given in judged.values() if given]
+    responses = [[response for response in given if not response.refused] for given in judged.values()]
+    answered = [given for given in responses if given]
     shares = [statistics.fmean(response.correct for response in given) for given in answered]
     given = [response for each in answered for response in each]
     lengths = {

@@ -23,7 +23,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     """One line: response number `sample` to a problem, and the verdict on it.
 
     `num_tokens` counts the generated tokens (the end token included); it and `finish_reason` ("stop" | "length") are null
-    where nobody said.
+    where nobody said. `refusal` is why whoever was asked does not answer the question: then there is no response to judge.
     """
 
     id: str
@@ -36,6 +36,11 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     correct: bool
     reward: float
     timed_out: bool = False
+    refusal: str | None = None
+
+    @property
+    def refused(self) -> bool:
+        return self.refusal is not None
 
     @property
     def truncated(self) -> bool:
@@ -53,6 +58,7 @@ class Kept(NamedTuple):
     num_tokens: int | None
     num_chars: int
     empty: bool
+    refused: bool
 
 
 class SampleStore:
@@ -147,6 +153,7 @@ class SampleStore:
             num_tokens=response.num_tokens,
             num_chars=len(response.response),
             empty=not response.response.strip(),
+            refused=response.refused,
         )
         of_problem[response.sample] = kept
         return kept

@@ -14,7 +14,7 @@ import msgspec
 from fastreason.rollout.engine import Engine
 from fastreason.rollout.sample_store import Response, SampleStore
 from fastreason.rollout.sampling import Grader, Tokenizer, group_seed, together
-from fastreason.types import Prompt, SamplingParams
+from fastreason.types import Grade, Prompt, SamplingParams
 
 ENOUGH = 20  # responses after which their speed says something
 THINK = "<think>"
@@ -23,11 +23,12 @@ PROMPT_END = 16  # tokens in which OPENED fits, also of a tokenizer that spells 
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A response before it is graded; None where the source does not say."""
+    """A response before it is graded; None where the source does not say. `refusal`: why there is none, nor will be."""
 
     text: str
     num_tokens: int | None = None
     finish_reason: str | None = None
+    refusal: str | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +115,10 @@ async def run_job(
         for ask in waiting:
             reply = await sampler.reply(ask)
             truncated = reply.finish_reason == "length"
-            (grade,) = await grader.grade(ask.prompt, [reply.text], [truncated])
+            if reply.refusal is None:
+                (grade,) = await grader.grade(ask.prompt, [reply.text], [truncated])
+            else:
+                grade = Grade(reward=0.0, correct=False)
             response = Response(
                 id=ask.prompt.id,
                 sample=ask.sample,
@@ -126,6 +130,7 @@ async def run_job(
                 correct=grade.correct,
                 reward=grade.reward,
                 timed_out=grade.timed_out,
+                refusal=reply.refusal,
             )
             store.add(response)
             on_response(response)
@@ -144,6 +149,7 @@ class Tally:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.num_done, self.num_right, self.num_truncated, self.num_tokens = total, 0, 0, 0, 0
+        self.num_refused = 0
         self._say, self._interval_s, self._clock = say, interval_s, clock
         self._started = self._said = clock()
 
@@ -161,6 +167,9 @@ class Tally:
         self.num_right += response.correct
         self.num_truncated += response.truncated
         self.num_tokens += response.num_tokens or 0
+        self.num_refused += response.refused
+        if response.refusal is not None and self.num_refused == 1:
+            self._say(f"{response.id}: {response.refusal}")
         if self.num_done == self.total or self._clock() - self._said >= self._interval_s:
             self._said = self._clock()
             self._say(self.line())
@@ -173,6 +182,8 @@ class Tally:
             f"right {self.num_right / num:.3f}",
             f"cut off {self.num_truncated / num:.0%}",
         ]
+        if self.num_refused:
+            parts.append(f"refused {self.num_refused}")
         if self.num_tokens:
             parts.append(f"{self.num_tokens / seconds:.0f} tok/s")
         if self.num_done >= min(self.total, ENOUGH):

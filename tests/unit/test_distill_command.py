@@ -257,6 +257,7 @@ class Server:
 
     def __init__(self):
         self.requests, self.url, self.reasoning, self.before = [], "", None, ""
+        self.refuses = lambda text: False
 
     async def models(self, request):
         if request.headers.get("Authorization") != "Bearer hush":
@@ -266,6 +267,8 @@ class Server:
     async def answer(self, request):
         body = await request.json()
         self.requests.append({**body, "path": request.path})
+        if self.refuses(str(body.get("messages") or body.get("prompt"))):
+            return web.json_response({"error": "longer than the context"}, status=400)
         text = f"{self.before}\\boxed{{{4 + body['seed'] % 2}}}"
         end = "length" if body["seed"] % 3 == 0 else "stop"
         message = {
@@ -335,6 +338,33 @@ def test_a_running_server_is_asked_with_its_key_and_a_seed_for_each_response(mak
         # And fewer: those beyond are there, and count for nothing.
         assert cli.main(["distill", "--out", "out", "--resume", "distill.samples_per_prompt=2"]) == 0
         assert json.loads(Path("out/report.json").read_text())["responses"]["in"] == 6
+
+
+def test_a_question_that_the_server_refuses_is_passed_over_for_good(make, capsys, monkeypatch):
+    monkeypatch.setenv("FASTREASON_TEACHER_KEY", "hush")
+    with Server() as server:
+        server.refuses = lambda text: "a: 2" in text  # the first that is asked
+        path = served(make, server, samples_per_prompt=2, truncated="keep", concurrency=1)
+        assert cli.main(["distill", path, "--out", "out"]) == 0, capsys.readouterr().err
+        printed = capsys.readouterr().out
+        assert "longer than the context" in printed and "refused 2" in printed
+        rows = {(row["id"], row["sample"]): row for row in lines(Path("out/samples.jsonl"))}
+        assert len(rows) == 6 and all("longer than the context" in rows["a", number]["refusal"] for number in (0, 1))
+        assert not rows["b", 0]["refusal"] and rows["b", 0]["response"]
+        report = json.loads(Path("out/report.json").read_text())
+        assert report["responses"]["dropped"]["refused"] == 2 and report["questions"]["dropped"]["no_response"] == 1
+        right = [[rows[id, number]["correct"] for number in (0, 1)] for id in "bc"]
+        assert report["accuracy"]["pass_at_1"] == pytest.approx(sum(map(sum, right)) / 4), (
+            "nothing is known of the model"
+        )
+        assert report["accuracy"]["num_questions"] == 2
+        num = len(server.requests)
+        assert cli.main(["distill", "--out", "out", "--resume"]) == 0 and len(server.requests) == num
+        # One that refuses whatever it is asked has been asked wrongly: nothing is written down.
+        server.refuses = lambda text: True
+        assert cli.main(["distill", path, "--out", "none"]) == 1
+        assert "Does its longest sequence hold" in capsys.readouterr().err
+        assert Path("none/samples.jsonl").read_text() == ""
 
 
 def test_a_servers_divided_response_is_put_together_and_raw_text_goes_to_completions(make, monkeypatch):

@@ -14,6 +14,7 @@ class R(NamedTuple):
     truncated: bool = False
     num_chars: int = 10
     empty: bool = False
+    refused: bool = False
 
 
 JUDGED = {
@@ -31,7 +32,7 @@ def test_the_first_right_ones_are_kept_and_every_count_adds_up():
     assert chosen.pairs == [("mixed", 1, 0)]
     assert chosen.responses.as_dict() == {
         "in": 11,
-        "dropped": {"cut_off": 2, "empty": 0, "wrong": 4, "beyond_keep": 1},
+        "dropped": {"refused": 0, "cut_off": 2, "empty": 0, "wrong": 4, "beyond_keep": 1},
         "out": 4,
     }
     assert chosen.questions.as_dict() == {"in": 5, "dropped": {"no_response": 1, "no_right_response": 2}, "out": 2}
@@ -68,7 +69,7 @@ def test_a_response_without_text_is_neither_right_nor_wrong():
     assert chosen.positives == [("q", 2)] and chosen.pairs == [("q", 2, 3)]
     assert chosen.responses.as_dict() == {
         "in": 4,
-        "dropped": {"cut_off": 0, "empty": 2, "wrong": 1, "beyond_keep": 0},
+        "dropped": {"refused": 0, "cut_off": 0, "empty": 2, "wrong": 1, "beyond_keep": 0},
         "out": 1,
     }
     nothing_wrong = select({"q": [R(0, False, empty=True), R(1, True)]}, keep=8)
