@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 
 class Judged(Protocol):
-    """A response without its text: number, verdict, length, and whether it was refused, cut off, or is blank."""
+    """A response without its text: number, verdict, length, and whether it was refused, cut off, never judged, or is blank."""
 
     @property
     def sample(self) -> int: ...
@@ -28,6 +28,8 @@ class Judged(Protocol):
     def empty(self) -> bool: ...
     @property
     def refused(self) -> bool: ...
+    @property
+    def timed_out(self) -> bool: ...
 
 
 @dataclass
@@ -54,6 +56,7 @@ UNUSABLE: dict[str, Callable[[Judged], bool]] = {
     "refused": lambda response: response.refused,
     "cut_off": lambda response: response.truncated,
     "empty": lambda response: response.empty,
+    "timed_out": lambda response: response.timed_out,
 }
 
 
@@ -119,7 +122,8 @@ def accuracy_figures(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
     `standard_error` is that of the questions' means, since responses to one question are not independent: their sample
     standard deviation over the root of their number; None for fewer than two. `solved_share` is the share of questions with a
     right response, `truncated_share` that of responses cut off. Lengths are in tokens, of the responses whose count is known;
-    a figure that nothing was measured for is None. A question that was refused says nothing of the model.
+    a figure that nothing was measured for is None. A question that was refused says nothing of the model; a
+    response whose grading timed out counts as wrong, as in training.
     """
     responses = [[response for response in given if not response.refused] for given in judged.values()]
     answered = [given for given in responses if given]

@@ -59,6 +59,7 @@ class Kept(NamedTuple):
     num_chars: int
     empty: bool
     refused: bool
+    timed_out: bool
 
 
 class SampleStore:
@@ -154,6 +155,7 @@ class SampleStore:
             num_chars=len(response.response),
             empty=not response.response.strip(),
             refused=response.refused,
+            timed_out=response.timed_out,
         )
         of_problem[response.sample] = kept
         return kept

@@ -15,6 +15,7 @@ class R(NamedTuple):
     num_chars: int = 10
     empty: bool = False
     refused: bool = False
+    timed_out: bool = False
 
 
 JUDGED = {
@@ -32,7 +33,7 @@ def test_the_first_right_ones_are_kept_and_every_count_adds_up():
     assert chosen.pairs == [("mixed", 1, 0)]
     assert chosen.responses.as_dict() == {
         "in": 11,
-        "dropped": {"refused": 0, "cut_off": 2, "empty": 0, "wrong": 4, "beyond_keep": 1},
+        "dropped": {"refused": 0, "cut_off": 2, "empty": 0, "timed_out": 0, "wrong": 4, "beyond_keep": 1},
         "out": 4,
     }
     assert chosen.questions.as_dict() == {"in": 5, "dropped": {"no_response": 1, "no_right_response": 2}, "out": 2}
@@ -69,11 +70,22 @@ def test_a_response_without_text_is_neither_right_nor_wrong():
     assert chosen.positives == [("q", 2)] and chosen.pairs == [("q", 2, 3)]
     assert chosen.responses.as_dict() == {
         "in": 4,
-        "dropped": {"refused": 0, "cut_off": 0, "empty": 2, "wrong": 1, "beyond_keep": 0},
+        "dropped": {"refused": 0, "cut_off": 0, "empty": 2, "timed_out": 0, "wrong": 1, "beyond_keep": 0},
         "out": 1,
     }
     nothing_wrong = select({"q": [R(0, False, empty=True), R(1, True)]}, keep=8)
     assert nothing_wrong.pairs == [] and nothing_wrong.paired.dropped["no_wrong_response"] == 1
+
+
+def test_a_response_that_nobody_finished_judging_is_neither_right_nor_wrong():
+    judged = {
+        "q": [R(0, False, timed_out=True), R(1, True), R(2, False)],
+        "p": [R(0, True), R(1, False, timed_out=True)],
+    }
+    chosen = select(judged, keep=8)
+    assert chosen.positives == [("q", 1), ("p", 0)] and chosen.pairs == [("q", 1, 2)]
+    assert (chosen.responses.dropped["timed_out"], chosen.responses.dropped["wrong"]) == (2, 1)
+    assert accuracy_figures(judged)["pass_at_1"] == pytest.approx((1 / 3 + 1 / 2) / 2), "as training counts them"
 
 
 def test_accuracy_is_the_mean_over_questions_with_the_error_of_their_means():

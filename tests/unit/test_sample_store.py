@@ -31,6 +31,11 @@ def test_what_was_added_is_found_again_with_its_place(filled):
     kept = store.kept["q1"][1]
     assert (kept.correct, kept.truncated, kept.num_tokens, kept.num_chars) == (False, False, 3, 9)
     assert store.read(kept) == response(sample=1, text="zwölf ≠ 2", correct=False)
+    late = response(sample=2, text=" \n", correct=False, timed_out=True)
+    store.add(late)
+    store.add(response(sample=3, text="", correct=False, refusal="too long"))
+    marks = [(k.empty, k.timed_out, k.refused) for k in store.kept["q1"].values()]
+    assert marks == [(False, False, False)] * 2 + [(True, True, False), (True, False, True)]
     assert store.read(store.kept["q2"][0]).problem == "2 + 2?"
     store.close()
     store.close()
