@@ -170,6 +170,19 @@ def test_what_is_kept_can_be_chosen_again_without_grading_again(make, capsys):
     assert "give a config file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["positives.jsonl", "pairs.jsonl", "report.json", "config.yaml"])
+def test_the_files_of_another_command_are_not_replaced(make, capsys, name):
+    path = make()
+    Path("out").mkdir()
+    Path("out", name).write_text("somebody's")
+    assert cli.main(["distill", path, "--out", "out"]) == 2
+    assert f"out holds {name}" in (error := capsys.readouterr().err) and "choose another folder" in error, error
+    assert {item.name: item.read_text() for item in Path("out").iterdir()} == {name: "somebody's"}
+    # A sampling of its own that ended before its first response is begun again.
+    Path("out", "sampling.json").write_text("{}")
+    assert cli.main(["distill", path, "--out", "out"]) == 0
+
+
 def test_its_own_samples_are_read_with_their_numbers_and_ends(make):
     rows = [
         {
