@@ -59,8 +59,10 @@ def refused(path, *words, overrides=()):
 
 def test_keys_without_an_effect_are_refused_with_what_to_do(make):
     model = {"distill": {"responses_column": None}, "model": {"path": "m"}}
-    refused(make(rollout={"temperature": 0.6}), "rollout.temperature: has no effect", "Use distill.temperature")
-    refused(make(run={"name": "x"}), "run.name: has no effect", "Remove it", "max_restarts")
+    refused(
+        make(**model, rollout={"temperature": 0.6}), "rollout.temperature: has no effect", "Use distill.temperature"
+    )
+    refused(make(**model, run={"name": "x"}), "run.name: has no effect", "Remove it", "max_restarts")
     refused(make(train={"steps": 3}), "train: unknown key", "distill")
     refused(make(distill={"kep": 3}), "distill.kep: unknown key; did you mean 'keep'?", "held_out")
     refused(make(**model), "model.pth: unknown key; did you mean 'path'?", overrides=["model.pth=x"])
@@ -73,6 +75,44 @@ def test_keys_without_an_effect_are_refused_with_what_to_do(make):
     refused(make(data={"path": None}), "data.path: missing")
     refused(make(reward={"functions": {"format": 1.0}}), "reward.functions", "Add math")
     refused(ROOT / "configs" / "quickstart.yaml", "no section distill", "configs/mini/distill.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "acts_with"),
+    [
+        ("distill", "samples_per_prompt", 4, "model server"),
+        ("distill", "temperature", 0.5, "model server"),
+        ("distill", "top_p", 0.5, "model server"),
+        ("distill", "top_k", 5, "model server"),
+        ("distill", "max_new_tokens", 50, "model server"),
+        ("distill", "seed", 5, "model server"),
+        ("distill", "concurrency", 5, "model server recorded"),
+        ("distill", "student", "s", "model server recorded"),
+        ("data", "max_prompt_tokens", 50, "model"),
+        ("data", "system_prompt", "Think.", "model server recorded"),
+        ("rollout", "engine", "hf", "model"),
+        ("rollout", "port", 5000, "model"),
+        ("rollout", "temperature", 0.5, ""),
+        ("rollout", "request_timeout_s", 50, "model server"),
+        ("run", "max_restarts", 5, "model"),
+        ("run", "seed", 5, ""),
+    ],
+)
+def test_a_key_is_accepted_where_it_acts(make, section, key, value, acts_with):
+    sources = {
+        "model": {"distill": {"responses_column": None}, "model": {"path": "m"}},
+        "server": {"distill": {"responses_column": None, "url": "http://x"}},
+        "recorded": {},
+    }
+    for name, sections in sources.items():
+        path = make(**{**sections, section: {**sections.get(section, {}), key: value}})
+        if name in acts_with.split():
+            assert getattr(getattr(load_distill_config(path), section), key) == value
+            continue
+        who = {"model": "fastreason distill", "server": "distill.url", "recorded": "distill.responses_column"}[name]
+        refused(path, f"{section}.{key}: has no effect", who)
+        if name == "recorded":
+            refused(path, "Remove it")
 
 
 def test_a_resolved_config_reads_back_equal(make):
