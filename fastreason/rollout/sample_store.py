@@ -91,13 +91,15 @@ class SampleStore:
         return sum(map(len, self.kept.values()))
 
     def add(self, response: Response) -> Kept:
-        """Append a response: one whole line in one write, so that a kill loses no other."""
+        """Append a response: one whole line in one write, so that a kill loses no other; of what did not fit nothing is left."""
         line = msgspec.json.encode(response) + b"\n"
         try:
             written = self._file.write(line)
         except OSError as error:
+            self._file.truncate(self._size)
             raise DataError(f"{self.path} cannot be written: {error}. Make room, then go on with --resume.") from error
         if written != len(line):
+            self._file.truncate(self._size)
             raise DataError(f"{self.path}: the disk is full. Make room, then go on with --resume.")
         kept = self._note(response, self._size, len(line), "the new response")
         self._size += len(line)
