@@ -91,7 +91,7 @@ class SampleStore:
         return sum(map(len, self.kept.values()))
 
     def add(self, response: Response) -> Kept:
-        """Append a response: one whole line in one write, so that a kill loses no other; of what did not fit nothing is left."""
+        """Append one whole line in one write, so that a kill loses no other; nothing is left of one that did not fit."""
         line = msgspec.json.encode(response) + b"\n"
         try:
             written = self._file.write(line)
