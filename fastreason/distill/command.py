@@ -39,7 +39,7 @@ def check_machine(config: DistillRun) -> list[str]:
     """Every check that needs no model and no network; returns what stays unchecked without one."""
     from fastreason.cores import parse_cores, require_cores
     from fastreason.data import check_data
-    from fastreason.models import check_model
+    from fastreason.models import check_model, model_folder
     from fastreason.rewards import resolve_rewards
 
     resolve_rewards(config.reward)
@@ -61,7 +61,7 @@ def check_machine(config: DistillRun) -> list[str]:
         )
     unchecked += check_model(config.model)
     if Path(config.model.path).is_dir():
-        check_length(config, Path(config.model.path))
+        check_length(config, model_folder(config.model.path))
     return unchecked
 
 

@@ -115,6 +115,22 @@ def test_a_key_is_accepted_where_it_acts(make, section, key, value, acts_with):
             refused(path, "Remove it")
 
 
+def test_the_folder_of_a_run_is_the_model_that_it_has_trained(make, capsys):
+    path = make(
+        distill={"responses_column": None}, model={"path": "run"}, data={"id_column": None}, rollout={"engine": "hf"}
+    )
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("model: {}")
+    assert cli.main(["distill", path, "--out", "out", "--dry-run"]) == 2
+    assert "a run's folder without a trained model" in capsys.readouterr().err
+    Path("run/model").mkdir()
+    Path("run/model/config.json").write_text('{"max_position_embeddings": 1500}')
+    assert cli.main(["distill", path, "--out", "out", "--dry-run"]) == 2
+    assert "max_position_embeddings=1500" in capsys.readouterr().err, "the model that is in it is looked at"
+    assert cli.main(["distill", path, "--out", "out", "--dry-run", "distill.max_new_tokens=400"]) == 0
+    assert f"path: {Path('run/model').resolve()}" in capsys.readouterr().out
+
+
 def test_a_resolved_config_reads_back_equal(make):
     for path in [make(), *RECIPES]:
         config = load_distill_config(path)
