@@ -57,8 +57,8 @@ FILTERING = {"valid", "source"}
 class Grader(Protocol):
     """Verifies responses anew."""
 
-    def labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool]]:
-        """For each prompt, whether each of its responses is right."""
+    def labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+        """For each prompt, whether each of its responses is right; None where that could not be found out in time."""
         ...
 
 
@@ -91,12 +91,12 @@ class Traces:
     math_verify: list[bool] | None
     valid: str | None
     source: str | None
-    correct: list[bool] = field(default_factory=list)
+    correct: list[bool | None] = field(default_factory=list)
 
     def first(self, correct: bool) -> int | None:
-        """The first generation that is right, or the first that is not; those without text do not count."""
+        """The first generation that is right, or the first that is not; those without text or verdict do not count."""
         found = enumerate(zip(self.correct, self.generations, strict=True))
-        return next((index for index, (label, said) in found if label == correct and said.strip()), None)
+        return next((index for index, (label, said) in found if label is correct and said.strip()), None)
 
 
 def _labels_fit(row: Traces, settings: Settings) -> bool:
@@ -160,7 +160,7 @@ class Preparation:
         self._counter, self._contamination, self._grader = counter, contamination, grader
         self._ids: set[int] = set()
         self.dropped, self.pairs_dropped = dict.fromkeys(ROW_DROPS, 0), dict.fromkeys(PAIR_DROPS, 0)
-        self.num_rows = self.num_positives = self.num_pairs = 0
+        self.num_rows = self.num_positives = self.num_pairs = self.num_timed_out = 0
         self.lengths = Lengths(("prompt", "chosen", "rejected"), counter.unit)
         self.seconds = 0.0
 
@@ -227,6 +227,7 @@ class Preparation:
             labels = self._grader.labels(prompts, [row.generations for row in rows])
             for row, correct in zip(rows, labels, strict=True):
                 row.correct = correct
+                self.num_timed_out += correct.count(None)
         else:
             combine = LABELLINGS[self._settings.verifiers]
             for row in rows:

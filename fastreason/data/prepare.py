@@ -42,6 +42,7 @@ def prepare_openr1(options: argparse.Namespace, grader: Grader | None) -> None:
             "columns": dict(columns.of),
             "rows": work.num_rows,
             "dropped": work.dropped,
+            "responses_timed_out": work.num_timed_out,
             "positives": work.num_positives,
             "pairs_dropped": work.pairs_dropped,
             "pairs": work.num_pairs,
@@ -57,6 +58,8 @@ def prepare_openr1(options: argparse.Namespace, grader: Grader | None) -> None:
             (PAIRS, work.num_pairs),
         ]
     )
+    if work.num_timed_out:
+        print(f"{work.num_timed_out} responses were not judged in time, and neither chosen nor rejected")
     _print_rest(report, options)
 
 

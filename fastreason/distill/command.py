@@ -14,13 +14,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastreason.distill.output import make_report, print_report, replace_file, write_report, write_selection
+from fastreason.distill.output import (
+    PAIRS_FILE,
+    POSITIVES_FILE,
+    REPORT_FILE,
+    make_report,
+    print_report,
+    replace_file,
+    write_report,
+    write_selection,
+)
 from fastreason.distill.questions import Questions, check_recorded, load_questions, student_file, wanted
 from fastreason.distill.section import DistillRun, dump_distill_config
 from fastreason.distill.selection import accuracy_figures, select
 from fastreason.distill.teacher import check_length, load_tokenizer, make_grading, open_teacher, sampling_settings
 from fastreason.errors import ConfigError, FastreasonError
-from fastreason.rollout.sample_store import SAMPLES_FILE, Kept, Response, SampleStore, check_settings
+from fastreason.rollout.sample_store import SAMPLES_FILE, SETTINGS_FILE, Kept, Response, SampleStore, check_settings
 from fastreason.rollout.sampling_job import Ask, Tally, run_job
 
 CONFIG_FILE = "config.yaml"
@@ -30,7 +39,7 @@ def check_machine(config: DistillRun) -> list[str]:
     """Every check that needs no model and no network; returns what stays unchecked without one."""
     from fastreason.cores import parse_cores, require_cores
     from fastreason.data import check_data
-    from fastreason.models import check_model
+    from fastreason.models import check_model, model_folder
     from fastreason.rewards import resolve_rewards
 
     resolve_rewards(config.reward)
@@ -52,7 +61,7 @@ def check_machine(config: DistillRun) -> list[str]:
         )
     unchecked += check_model(config.model)
     if Path(config.model.path).is_dir():
-        check_length(config, Path(config.model.path))
+        check_length(config, model_folder(config.model.path))
     return unchecked
 
 
@@ -95,6 +104,12 @@ def _check_folder(out: Path, resume: bool) -> None:
     if not resume and samples.is_file() and samples.stat().st_size:
         raise ConfigError(
             f"--out {out}: it holds responses already. Go on with them by adding --resume, or choose another folder."
+        )
+    there = [name for name in (POSITIVES_FILE, PAIRS_FILE, REPORT_FILE, CONFIG_FILE) if (out / name).exists()]
+    if not resume and there and not (out / SETTINGS_FILE).is_file():
+        raise ConfigError(
+            f"--out {out} holds {', '.join(there)} of another command, which would be replaced. Move them away, or "
+            "choose another folder."
         )
     if resume and not samples.is_file():
         raise ConfigError(f"--resume: {out} holds no {SAMPLES_FILE}. Leave --resume out to start there.")

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fastreason.config import Config, check_sources, read_raw, validate
 from fastreason.errors import ConfigError
+from fastreason.models import model_folder
 from fastreason.sections import (
     DataConfig,
     ModelConfig,
@@ -25,7 +26,7 @@ from fastreason.sections import (
 )
 
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "max_new_tokens")
-# Of the sections that are shared with training, the keys that act here.
+# Of the sections that are shared with training, the keys that act where an engine of ours answers.
 USED = {
     "run": {"hang_timeout_s", "max_restarts"},
     "model": {"path", "dtype", "trust_remote_code", "allow_download"},
@@ -41,6 +42,15 @@ USED = {
         "request_timeout_s",
         "fake_token_s",
     },
+}
+# Where something else answers, what acts of the same sections; and of any section, what does not.
+USED_WITHOUT_ENGINE = {
+    "server": {"run": set[str](), "rollout": {"request_timeout_s"}},
+    "recorded": {"run": set[str](), "rollout": set[str]()},
+}
+UNUSED_WITHOUT_ENGINE = {
+    "server": {"data": {"max_prompt_tokens"}},
+    "recorded": {"data": {"max_prompt_tokens"}, "distill": {*SAMPLING, "seed"}},
 }
 
 
@@ -113,12 +123,23 @@ def dump_distill_config(config: DistillRun) -> str:
 
 
 def dumped(config: DistillRun) -> dict[str, Any]:
-    """The keys that act, by section."""
-    content = config.model_dump(mode="json")
-    for name, used in USED.items():
+    """The keys that act, by section; a section without one is left out."""
+    content, used = config.model_dump(mode="json"), used_keys(config)
+    for name in content:
         if content[name] is not None:
-            content[name] = {key: value for key, value in content[name].items() if key in used}
-    return content
+            content[name] = {key: value for key, value in content[name].items() if key in used[name]}
+    return {name: keys for name, keys in content.items() if keys != {}}
+
+
+def used_keys(config: DistillRun) -> dict[str, set[str]]:
+    """The keys that act, by section: they depend on who answers."""
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    used = {name: set(type(section).model_fields) for name, section in sections.items() if section is not None} | USED
+    if config.source in USED_WITHOUT_ENGINE:
+        used |= USED_WITHOUT_ENGINE[config.source]
+        for name, unused in UNUSED_WITHOUT_ENGINE[config.source].items():
+            used[name] = used[name] - unused
+    return used
 
 
 def engine_config(config: DistillRun) -> Config:
@@ -136,12 +157,15 @@ def engine_config(config: DistillRun) -> Config:
 
 
 def _check_used(config: DistillRun) -> None:
-    for name, used in USED.items():
+    all_used = used_keys(config)
+    where = {"server": "with distill.url", "recorded": "with distill.responses_column"}
+    for name, used in all_used.items():
         section = getattr(config, name)
         for key in sorted(section.model_fields_set - used) if section is not None else []:
-            advice = f"Use distill.{key}" if key in DistillConfig.model_fields else "Remove it"
+            advice = f"Use distill.{key}" if name != "distill" and key in all_used["distill"] else "Remove it"
             raise ConfigError(
-                f"{name}.{key}: has no effect in fastreason distill. {advice}; of {name} it reads: {', '.join(sorted(used))}."
+                f"{name}.{key}: has no effect {where.get(config.source, 'in fastreason distill')}. {advice}; of {name} it "
+                f"reads: {', '.join(sorted(used)) or 'nothing'}."
             )
 
 
@@ -187,10 +211,13 @@ def named(*names: tuple[str, str]) -> Iterator[None]:
 
 
 def anchored(config: DistillRun) -> DistillRun:
-    """The config with its local paths made absolute, so that it can be gone on with from any folder."""
+    """The config with its local paths made absolute, so that it can be gone on with from any folder.
+
+    The folder of a training run, as a model, is that of the model it has trained.
+    """
     model, data, distill = config.model, config.data, config.distill
     if model is not None and Path(model.path).is_dir():
-        model = model.model_copy(update={"path": str(Path(model.path).resolve())})
+        model = model.model_copy(update={"path": str(model_folder(model.path).resolve())})
     if data.path is not None and Path(data.path).exists():
         data = data.model_copy(update={"path": str(Path(data.path).resolve())})
     if distill.student is not None:

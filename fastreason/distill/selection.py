@@ -1,18 +1,18 @@
 """Which verified responses become training data, and what a job's responses say of the model. Pure: no file, no clock.
 
-It sees verdicts and lengths, never a text. Filters act in a fixed order and count what they drop, so that the counts add up
-to what came in.
+It sees verdicts, lengths and whether there is a text, never the text. Filters act in a fixed order and count what they drop,
+so that the counts add up to what came in.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 
 class Judged(Protocol):
-    """A response without its text: its number, the verdict, whether it was cut off, and its length."""
+    """A response without its text: number, verdict, length, and whether it was refused, cut off, never judged, or is blank."""
 
     @property
     def sample(self) -> int: ...
@@ -24,6 +24,12 @@ class Judged(Protocol):
     def num_tokens(self) -> int | None: ...
     @property
     def num_chars(self) -> int: ...
+    @property
+    def empty(self) -> bool: ...
+    @property
+    def refused(self) -> bool: ...
+    @property
+    def timed_out(self) -> bool: ...
 
 
 @dataclass
@@ -43,6 +49,15 @@ class Passage:
 
     def as_dict(self) -> dict[str, Any]:
         return {"in": self.num_in, "dropped": dict(self.dropped), "out": self.num_out}
+
+
+# Which responses are neither right nor wrong, in the order in which they are left out.
+UNUSABLE: dict[str, Callable[[Judged], bool]] = {
+    "refused": lambda response: response.refused,
+    "cut_off": lambda response: response.truncated,
+    "empty": lambda response: response.empty,
+    "timed_out": lambda response: response.timed_out,
+}
 
 
 @dataclass(frozen=True)
@@ -66,23 +81,29 @@ def select(
 
     In the order of `judged`, one question after the other. "shortest": by tokens, or characters where tokens are not known of
     all, the earlier of two alike. The pair is of the first ones either way (arXiv 2505.24850); at most 8 are kept in
-    arXiv 2505.14216. Left out: removal of responses that are alike.
+    arXiv 2505.14216. A response that one of `UNUSABLE` names is neither right nor wrong. Left out: removal of responses that
+    are alike.
     """
     positives: list[tuple[str, int]] = []
     pairs: list[tuple[str, int, int]] = []
-    responses = Passage(sum(map(len, judged.values())), dict.fromkeys(("cut_off", "wrong", "beyond_keep"), 0))
+    responses = Passage(sum(map(len, judged.values())), dict.fromkeys((*UNUSABLE, "wrong", "beyond_keep"), 0))
     questions = Passage(len(judged), dict.fromkeys(("no_response", "no_right_response"), 0))
     paired = Passage(len(judged), dict.fromkeys(("no_right_response", "no_wrong_response"), 0))
     for id, given in judged.items():
-        whole = sorted((r for r in given if truncated == "keep" or not r.truncated), key=lambda r: r.sample)
+        whole = sorted(given, key=lambda r: r.sample)
+        for name, unusable in UNUSABLE.items():
+            if name != "cut_off" or truncated == "drop":
+                num = len(whole)
+                whole = [response for response in whole if not unusable(response)]
+                responses.drop(name, num - len(whole))
         right, wrong = [r for r in whole if r.correct], [r for r in whole if not r.correct]
         chosen = _shortest(right)[:keep] if order == "shortest" else right[:keep]
         positives += [(id, response.sample) for response in chosen]
-        responses.drop("cut_off", len(given) - len(whole))
         responses.drop("wrong", len(wrong))
         responses.drop("beyond_keep", len(right) - len(chosen))
         if not right:
-            questions.drop("no_right_response" if given else "no_response", 1)
+            answered = not all(response.refused for response in given)
+            questions.drop("no_right_response" if answered else "no_response", 1)
         if right and wrong:
             pairs.append((id, right[0].sample, wrong[0].sample))
         else:
@@ -101,9 +122,11 @@ def accuracy_figures(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
     `standard_error` is that of the questions' means, since responses to one question are not independent: their sample
     standard deviation over the root of their number; None for fewer than two. `solved_share` is the share of questions with a
     right response, `truncated_share` that of responses cut off. Lengths are in tokens, of the responses whose count is known;
-    a figure that nothing was measured for is None.
+    a figure that nothing was measured for is None. A question that was refused says nothing of the model; a
+    response whose grading timed out counts as wrong, as in training.
     """
-    answered = [given for given in judged.values() if given]
+    responses = [[response for response in given if not response.refused] for given in judged.values()]
+    answered = [given for given in responses if given]
     shares = [statistics.fmean(response.correct for response in given) for given in answered]
     given = [response for each in answered for response in each]
     lengths = {

@@ -63,7 +63,8 @@ async def open_teacher(config: DistillRun, out: Path, model_dir: Path | None, to
     elif distill.url is not None:
         from fastreason.rollout.served_sampler import ServedSampler
 
-        server = ServedSampler(distill.url, config.data, params, distill.seed, config.rollout.request_timeout_s)
+        timeout_s = config.rollout.request_timeout_s
+        server = ServedSampler(distill.url, config.data, params, distill.seed, timeout_s, distill.concurrency)
         await server.start()
         try:
             yield Teacher(server)

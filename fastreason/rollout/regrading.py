@@ -28,8 +28,8 @@ class Regrader:
         self._runner.run(self._pool.close())
         self._runner.close()
 
-    def labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool]]:
-        """For each prompt, whether each of its responses is right; one past the deadline is wrong.
+    def labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool | None]]:
+        """For each prompt, whether each of its responses is right; None of one past the deadline.
 
         The first call starts the processes; raises `RewardError` where they cannot.
         """
@@ -42,7 +42,7 @@ class Regrader:
     def num_timeouts(self) -> int:
         return self._pool.num_timeouts
 
-    async def _labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool]]:
+    async def _labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool | None]]:
         pairs = zip(prompts, responses, strict=True)
         graded = await asyncio.gather(*[self._pool.grade(prompt, texts) for prompt, texts in pairs])
-        return [[grade.correct for grade in grades] for grades in graded]
+        return [[None if grade.timed_out else grade.correct for grade in grades] for grades in graded]

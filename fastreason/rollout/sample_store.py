@@ -23,7 +23,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     """One line: response number `sample` to a problem, and the verdict on it.
 
     `num_tokens` counts the generated tokens (the end token included); it and `finish_reason` ("stop" | "length") are null
-    where nobody said.
+    where nobody said. `refusal` is why whoever was asked does not answer the question: then there is no response to judge.
     """
 
     id: str
@@ -36,6 +36,11 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     correct: bool
     reward: float
     timed_out: bool = False
+    refusal: str | None = None
+
+    @property
+    def refused(self) -> bool:
+        return self.refusal is not None
 
     @property
     def truncated(self) -> bool:
@@ -52,6 +57,9 @@ class Kept(NamedTuple):
     truncated: bool
     num_tokens: int | None
     num_chars: int
+    empty: bool
+    refused: bool
+    timed_out: bool
 
 
 class SampleStore:
@@ -83,13 +91,15 @@ class SampleStore:
         return sum(map(len, self.kept.values()))
 
     def add(self, response: Response) -> Kept:
-        """Append a response: one whole line in one write, so that a kill loses no other."""
+        """Append one whole line in one write, so that a kill loses no other; nothing is left of one that did not fit."""
         line = msgspec.json.encode(response) + b"\n"
         try:
             written = self._file.write(line)
         except OSError as error:
+            self._file.truncate(self._size)
             raise DataError(f"{self.path} cannot be written: {error}. Make room, then go on with --resume.") from error
         if written != len(line):
+            self._file.truncate(self._size)
             raise DataError(f"{self.path}: the disk is full. Make room, then go on with --resume.")
         kept = self._note(response, self._size, len(line), "the new response")
         self._size += len(line)
@@ -145,6 +155,9 @@ class SampleStore:
             truncated=response.truncated,
             num_tokens=response.num_tokens,
             num_chars=len(response.response),
+            empty=not response.response.strip(),
+            refused=response.refused,
+            timed_out=response.timed_out,
         )
         of_problem[response.sample] = kept
         return kept

@@ -4,6 +4,7 @@ It owns what is asked, in which order and with which seed, and the count of what
 it. It refuses to know who answers, and what the responses are for.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -13,17 +14,21 @@ import msgspec
 from fastreason.rollout.engine import Engine
 from fastreason.rollout.sample_store import Response, SampleStore
 from fastreason.rollout.sampling import Grader, Tokenizer, group_seed, together
-from fastreason.types import Prompt, SamplingParams
+from fastreason.types import Grade, Prompt, SamplingParams
 
 ENOUGH = 20  # responses after which their speed says something
+THINK = "<think>"
+OPENED = re.compile(rf"{THINK}\s*\Z")
+PROMPT_END = 16  # tokens in which OPENED fits, also of a tokenizer that spells it out
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A response before it is graded; None where the source does not say."""
+    """A response before it is graded; None where the source does not say. `refusal`: why there is none, nor will be."""
 
     text: str
     num_tokens: int | None = None
     finish_reason: str | None = None
+    refusal: str | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +48,9 @@ class Sampler(Protocol):
 class EngineSampler:
     """Answers with an engine: one request a response, each with a seed made of the job's, the problem's id and its number.
 
-    So a response does not depend on what else was asked, and a job that was interrupted gets the same ones.
+    So a response does not depend on what else was asked, and a job that was interrupted gets the same ones. Where the prompt
+    ends in `<think>`, as the templates of some reasoning models do, the text begins with it: a text that ends a thought has
+    its beginning too, whatever template it is trained on with.
     """
 
     def __init__(
@@ -61,12 +68,20 @@ class EngineSampler:
         self._num_asked += 1
         seed = group_seed(self._seed, ask.sample, ask.prompt.id)
         params = msgspec.structs.replace(self._params, n=1, seed=seed)
-        (completion,) = await self._engine.generate(f"s{self._num_asked}", self._render(ask.prompt), params)
+        prompt_token_ids = self._render(ask.prompt)
+        (completion,) = await self._engine.generate(f"s{self._num_asked}", prompt_token_ids, params)
+        text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Reply(
-            text=self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            text=self._opening(prompt_token_ids, text) + text,
             num_tokens=len(completion.token_ids),
             finish_reason=completion.finish_reason,
         )
+
+    def _opening(self, prompt_token_ids: list[int], text: str) -> str:
+        if not text.strip() or text.lstrip().startswith(THINK):
+            return ""
+        opened = OPENED.search(self._tokenizer.decode(prompt_token_ids[-PROMPT_END:]))
+        return opened.group() if opened else ""
 
 
 class RecordedSampler:
@@ -100,7 +115,10 @@ async def run_job(
         for ask in waiting:
             reply = await sampler.reply(ask)
             truncated = reply.finish_reason == "length"
-            (grade,) = await grader.grade(ask.prompt, [reply.text], [truncated])
+            if reply.refusal is None:
+                (grade,) = await grader.grade(ask.prompt, [reply.text], [truncated])
+            else:
+                grade = Grade(reward=0.0, correct=False)
             response = Response(
                 id=ask.prompt.id,
                 sample=ask.sample,
@@ -112,6 +130,7 @@ async def run_job(
                 correct=grade.correct,
                 reward=grade.reward,
                 timed_out=grade.timed_out,
+                refusal=reply.refusal,
             )
             store.add(response)
             on_response(response)
@@ -130,6 +149,7 @@ class Tally:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.num_done, self.num_right, self.num_truncated, self.num_tokens = total, 0, 0, 0, 0
+        self.num_refused = 0
         self._say, self._interval_s, self._clock = say, interval_s, clock
         self._started = self._said = clock()
 
@@ -147,6 +167,9 @@ class Tally:
         self.num_right += response.correct
         self.num_truncated += response.truncated
         self.num_tokens += response.num_tokens or 0
+        self.num_refused += response.refused
+        if response.refusal is not None and self.num_refused == 1:
+            self._say(f"{response.id}: {response.refusal}")
         if self.num_done == self.total or self._clock() - self._said >= self._interval_s:
             self._said = self._clock()
             self._say(self.line())
@@ -159,6 +182,8 @@ class Tally:
             f"right {self.num_right / num:.3f}",
             f"cut off {self.num_truncated / num:.0%}",
         ]
+        if self.num_refused:
+            parts.append(f"refused {self.num_refused}")
         if self.num_tokens:
             parts.append(f"{self.num_tokens / seconds:.0f} tok/s")
         if self.num_done >= min(self.total, ENOUGH):

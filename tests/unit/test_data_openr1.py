@@ -16,7 +16,7 @@ from fastreason import cli
 from fastreason.data.lengths import Lengths
 from fastreason.data.openr1 import ROW_DROPS
 from fastreason.data.prepare import prepare_openr1
-from fastreason.types import Prompt
+from fastreason.types import Grade, Prompt
 
 HERE = Path(__file__).resolve().parents[1]
 FIXTURE = HERE / "data" / "openr1_filters.jsonl"
@@ -275,7 +275,7 @@ def test_contamination_is_counted_and_dropped_only_when_asked(capsys, tmp_path) 
 class ByLength:
     """Calls a response right where it has as many characters as the answer says."""
 
-    def labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool]]:
+    def labels(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[list[bool | None]]:
         return [[len(text) == int(p.answer or 0) for text in said] for p, said in zip(prompts, responses, strict=True)]
 
 
@@ -286,6 +286,34 @@ def test_regrading_asks_the_grader_and_needs_no_labels(tmp_path) -> None:
     prepare_openr1(cli.build_parser().parse_args(arguments), ByLength())
     pairs = lines(tmp_path / "out" / "pairs.jsonl")
     assert len(pairs) == 70 and {(pair["chosen"], pair["rejected"]) for pair in pairs} == {("seven77", "four")}
+
+
+def test_a_response_past_its_deadline_is_neither_chosen_nor_rejected(capsys, tmp_path, monkeypatch) -> None:
+    class Pool:
+        """Never ends with a text that begins with "late"."""
+
+        num_timeouts = 0
+
+        def __init__(self, config: Any) -> None:
+            pass
+
+        async def start(self) -> None:
+            pass
+
+        async def grade(self, prompt: Prompt, texts: Sequence[str]) -> list[Grade]:
+            return [Grade(reward=0, correct=text == "right", timed_out=text.startswith("late")) for text in texts]
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("fastreason.rollout.regrading.GraderPool", Pool)
+    rows = [row("a", generations=["late", "wrong", "right"]), row("b", generations=["right", "late"])]
+    rows.append(row("c", generations=["late", "late too"]))
+    report, printed = prepare(capsys, tmp_path / "out", write(tmp_path / "r.jsonl", rows), "--verifiers", "regrade")
+    (pair,) = lines(tmp_path / "out" / "pairs.jsonl")
+    assert (pair["id"], pair["chosen"], pair["rejected"]) == ("a", "right", "wrong")
+    assert (report["dropped"]["no_correct"], report["pairs_dropped"]["no_incorrect"]) == (1, 1)
+    assert report["responses_timed_out"] == 4 and "4 responses were not judged in time" in printed
 
 
 @needs_real

@@ -59,8 +59,10 @@ def refused(path, *words, overrides=()):
 
 def test_keys_without_an_effect_are_refused_with_what_to_do(make):
     model = {"distill": {"responses_column": None}, "model": {"path": "m"}}
-    refused(make(rollout={"temperature": 0.6}), "rollout.temperature: has no effect", "Use distill.temperature")
-    refused(make(run={"name": "x"}), "run.name: has no effect", "Remove it", "max_restarts")
+    refused(
+        make(**model, rollout={"temperature": 0.6}), "rollout.temperature: has no effect", "Use distill.temperature"
+    )
+    refused(make(**model, run={"name": "x"}), "run.name: has no effect", "Remove it", "max_restarts")
     refused(make(train={"steps": 3}), "train: unknown key", "distill")
     refused(make(distill={"kep": 3}), "distill.kep: unknown key; did you mean 'keep'?", "held_out")
     refused(make(**model), "model.pth: unknown key; did you mean 'path'?", overrides=["model.pth=x"])
@@ -73,6 +75,60 @@ def test_keys_without_an_effect_are_refused_with_what_to_do(make):
     refused(make(data={"path": None}), "data.path: missing")
     refused(make(reward={"functions": {"format": 1.0}}), "reward.functions", "Add math")
     refused(ROOT / "configs" / "quickstart.yaml", "no section distill", "configs/mini/distill.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "acts_with"),
+    [
+        ("distill", "samples_per_prompt", 4, "model server"),
+        ("distill", "temperature", 0.5, "model server"),
+        ("distill", "top_p", 0.5, "model server"),
+        ("distill", "top_k", 5, "model server"),
+        ("distill", "max_new_tokens", 50, "model server"),
+        ("distill", "seed", 5, "model server"),
+        ("distill", "concurrency", 5, "model server recorded"),
+        ("distill", "student", "s", "model server recorded"),
+        ("data", "max_prompt_tokens", 50, "model"),
+        ("data", "system_prompt", "Think.", "model server recorded"),
+        ("rollout", "engine", "hf", "model"),
+        ("rollout", "port", 5000, "model"),
+        ("rollout", "temperature", 0.5, ""),
+        ("rollout", "request_timeout_s", 50, "model server"),
+        ("run", "max_restarts", 5, "model"),
+        ("run", "seed", 5, ""),
+    ],
+)
+def test_a_key_is_accepted_where_it_acts(make, section, key, value, acts_with):
+    sources = {
+        "model": {"distill": {"responses_column": None}, "model": {"path": "m"}},
+        "server": {"distill": {"responses_column": None, "url": "http://x"}},
+        "recorded": {},
+    }
+    for name, sections in sources.items():
+        path = make(**{**sections, section: {**sections.get(section, {}), key: value}})
+        if name in acts_with.split():
+            assert getattr(getattr(load_distill_config(path), section), key) == value
+            continue
+        who = {"model": "fastreason distill", "server": "distill.url", "recorded": "distill.responses_column"}[name]
+        refused(path, f"{section}.{key}: has no effect", who)
+        if name == "recorded":
+            refused(path, "Remove it")
+
+
+def test_the_folder_of_a_run_is_the_model_that_it_has_trained(make, capsys):
+    path = make(
+        distill={"responses_column": None}, model={"path": "run"}, data={"id_column": None}, rollout={"engine": "hf"}
+    )
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("model: {}")
+    assert cli.main(["distill", path, "--out", "out", "--dry-run"]) == 2
+    assert "a run's folder without a trained model" in capsys.readouterr().err
+    Path("run/model").mkdir()
+    Path("run/model/config.json").write_text('{"max_position_embeddings": 1500}')
+    assert cli.main(["distill", path, "--out", "out", "--dry-run"]) == 2
+    assert "max_position_embeddings=1500" in capsys.readouterr().err, "the model that is in it is looked at"
+    assert cli.main(["distill", path, "--out", "out", "--dry-run", "distill.max_new_tokens=400"]) == 0
+    assert f"path: {Path('run/model').resolve()}" in capsys.readouterr().out
 
 
 def test_a_resolved_config_reads_back_equal(make):
@@ -133,8 +189,24 @@ def test_recorded_responses_are_verified_selected_and_counted(make, capsys):
     assert report["accuracy"]["pass_at_1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert report["arguments"]["distill"]["responses_column"] == "texts"
     printed = capsys.readouterr().out
-    assert "0.500" in printed and "wrong 4" in printed and "7 responses in" in printed and "out/pairs.jsonl" in printed
+    assert (
+        "0.500" in printed
+        and "empty 1, wrong 3" in printed
+        and "7 responses in" in printed
+        and "out/pairs.jsonl" in printed
+    )
     assert not list(Path("out").glob("*.writing"))
+
+
+def test_a_pair_has_no_blank_side(make):
+    rows = [{"id": "a", "problem": "2 + 2?", "answer": "4", "texts": ["", " \n", r"\boxed{5}", r"\boxed{4}"]}]
+    path = make()
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["distill", path, "--out", "out"]) == 0
+    (pair,) = lines(Path("out/pairs.jsonl"))
+    assert (pair["chosen"], pair["rejected"]) == (r"\boxed{4}", r"\boxed{5}")
+    dropped = json.loads(Path("out/report.json").read_text())["responses"]["dropped"]
+    assert (dropped["empty"], dropped["wrong"]) == (2, 1)
 
 
 def test_what_is_kept_can_be_chosen_again_without_grading_again(make, capsys):
@@ -152,6 +224,19 @@ def test_what_is_kept_can_be_chosen_again_without_grading_again(make, capsys):
     assert "nowhere holds no samples.jsonl" in capsys.readouterr().err
     assert cli.main(["distill", "--out", "nowhere"]) == 2
     assert "give a config file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["positives.jsonl", "pairs.jsonl", "report.json", "config.yaml"])
+def test_the_files_of_another_command_are_not_replaced(make, capsys, name):
+    path = make()
+    Path("out").mkdir()
+    Path("out", name).write_text("somebody's")
+    assert cli.main(["distill", path, "--out", "out"]) == 2
+    assert f"out holds {name}" in (error := capsys.readouterr().err) and "choose another folder" in error, error
+    assert {item.name: item.read_text() for item in Path("out").iterdir()} == {name: "somebody's"}
+    # A sampling of its own that ended before its first response is begun again.
+    Path("out", "sampling.json").write_text("{}")
+    assert cli.main(["distill", path, "--out", "out"]) == 0
 
 
 def test_its_own_samples_are_read_with_their_numbers_and_ends(make):
@@ -240,7 +325,8 @@ class Server:
     """A chat and a completions interface in a thread, with a key: right where the seed is even, cut off where 3 divides it."""
 
     def __init__(self):
-        self.requests, self.url, self.reasoning = [], "", None
+        self.requests, self.url, self.reasoning, self.before = [], "", None, ""
+        self.refuses = lambda text: False
 
     async def models(self, request):
         if request.headers.get("Authorization") != "Bearer hush":
@@ -250,7 +336,9 @@ class Server:
     async def answer(self, request):
         body = await request.json()
         self.requests.append({**body, "path": request.path})
-        text = f"\\boxed{{{4 + body['seed'] % 2}}}"
+        if self.refuses(str(body.get("messages") or body.get("prompt"))):
+            return web.json_response({"error": "longer than the context"}, status=400)
+        text = f"{self.before}\\boxed{{{4 + body['seed'] % 2}}}"
         end = "length" if body["seed"] % 3 == 0 else "stop"
         message = {
             "message": {"content": text, "reasoning_content": self.reasoning},
@@ -321,6 +409,33 @@ def test_a_running_server_is_asked_with_its_key_and_a_seed_for_each_response(mak
         assert json.loads(Path("out/report.json").read_text())["responses"]["in"] == 6
 
 
+def test_a_question_that_the_server_refuses_is_passed_over_for_good(make, capsys, monkeypatch):
+    monkeypatch.setenv("FASTREASON_TEACHER_KEY", "hush")
+    with Server() as server:
+        server.refuses = lambda text: "a: 2" in text  # the first that is asked
+        path = served(make, server, samples_per_prompt=2, truncated="keep", concurrency=1)
+        assert cli.main(["distill", path, "--out", "out"]) == 0, capsys.readouterr().err
+        printed = capsys.readouterr().out
+        assert "longer than the context" in printed and "refused 2" in printed
+        rows = {(row["id"], row["sample"]): row for row in lines(Path("out/samples.jsonl"))}
+        assert len(rows) == 6 and all("longer than the context" in rows["a", number]["refusal"] for number in (0, 1))
+        assert not rows["b", 0]["refusal"] and rows["b", 0]["response"]
+        report = json.loads(Path("out/report.json").read_text())
+        assert report["responses"]["dropped"]["refused"] == 2 and report["questions"]["dropped"]["no_response"] == 1
+        right = [[rows[id, number]["correct"] for number in (0, 1)] for id in "bc"]
+        assert report["accuracy"]["pass_at_1"] == pytest.approx(sum(map(sum, right)) / 4), (
+            "nothing is known of the model"
+        )
+        assert report["accuracy"]["num_questions"] == 2
+        num = len(server.requests)
+        assert cli.main(["distill", "--out", "out", "--resume"]) == 0 and len(server.requests) == num
+        # One that refuses whatever it is asked has been asked wrongly: nothing is written down.
+        server.refuses = lambda text: True
+        assert cli.main(["distill", path, "--out", "none"]) == 1
+        assert "Does its longest sequence hold" in capsys.readouterr().err
+        assert Path("none/samples.jsonl").read_text() == ""
+
+
 def test_a_servers_divided_response_is_put_together_and_raw_text_goes_to_completions(make, monkeypatch):
     monkeypatch.setenv("FASTREASON_TEACHER_KEY", "hush")
     with Server() as server:
@@ -328,6 +443,10 @@ def test_a_servers_divided_response_is_put_together_and_raw_text_goes_to_complet
         assert cli.main(["distill", served(make, server, samples_per_prompt=1), "--out", "out"]) == 0
         texts = {row["response"] for row in lines(Path("out/samples.jsonl"))}
         assert texts <= {f"<think>\nlet me see\n</think>\n\n\\boxed{{{n}}}" for n in (4, 5)}
+        # A server that divides nothing, of a template that opens the thought in the prompt.
+        server.reasoning, server.before = None, "let me see\n</think>\n\n"
+        assert cli.main(["distill", served(make, server, samples_per_prompt=1), "--out", "whole"]) == 0
+        assert {row["response"] for row in lines(Path("whole/samples.jsonl"))} <= texts
         path = served(make, server, samples_per_prompt=1, top_k=20)
         overrides = ["data.chat_template=false", "data.system_prompt=null"]
         assert cli.main(["distill", path, "--out", "raw", *overrides]) == 0

@@ -13,6 +13,9 @@ class R(NamedTuple):
     num_tokens: int | None = 5
     truncated: bool = False
     num_chars: int = 10
+    empty: bool = False
+    refused: bool = False
+    timed_out: bool = False
 
 
 JUDGED = {
@@ -28,7 +31,11 @@ def test_the_first_right_ones_are_kept_and_every_count_adds_up():
     chosen = select(JUDGED, keep=2)
     assert chosen.positives == [("mixed", 1), ("mixed", 2), ("right", 0), ("right", 1)]
     assert chosen.pairs == [("mixed", 1, 0)]
-    assert chosen.responses.as_dict() == {"in": 11, "dropped": {"cut_off": 2, "wrong": 4, "beyond_keep": 1}, "out": 4}
+    assert chosen.responses.as_dict() == {
+        "in": 11,
+        "dropped": {"refused": 0, "cut_off": 2, "empty": 0, "timed_out": 0, "wrong": 4, "beyond_keep": 1},
+        "out": 4,
+    }
     assert chosen.questions.as_dict() == {"in": 5, "dropped": {"no_response": 1, "no_right_response": 2}, "out": 2}
     assert chosen.paired.as_dict() == {
         "in": 5,
@@ -55,6 +62,30 @@ def test_responses_that_were_cut_off_are_used_only_where_asked_for():
     kept = select(JUDGED, keep=8, truncated="keep")
     assert ("cut", 0) in kept.positives and ("cut", 0, 1) in kept.pairs
     assert kept.responses.dropped["cut_off"] == 0
+
+
+def test_a_response_without_text_is_neither_right_nor_wrong():
+    judged = {"q": [R(0, False, empty=True), R(1, True, empty=True), R(2, True), R(3, False)]}
+    chosen = select(judged, keep=8)
+    assert chosen.positives == [("q", 2)] and chosen.pairs == [("q", 2, 3)]
+    assert chosen.responses.as_dict() == {
+        "in": 4,
+        "dropped": {"refused": 0, "cut_off": 0, "empty": 2, "timed_out": 0, "wrong": 1, "beyond_keep": 0},
+        "out": 1,
+    }
+    nothing_wrong = select({"q": [R(0, False, empty=True), R(1, True)]}, keep=8)
+    assert nothing_wrong.pairs == [] and nothing_wrong.paired.dropped["no_wrong_response"] == 1
+
+
+def test_a_response_that_nobody_finished_judging_is_neither_right_nor_wrong():
+    judged = {
+        "q": [R(0, False, timed_out=True), R(1, True), R(2, False)],
+        "p": [R(0, True), R(1, False, timed_out=True)],
+    }
+    chosen = select(judged, keep=8)
+    assert chosen.positives == [("q", 1), ("p", 0)] and chosen.pairs == [("q", 1, 2)]
+    assert (chosen.responses.dropped["timed_out"], chosen.responses.dropped["wrong"]) == (2, 1)
+    assert accuracy_figures(judged)["pass_at_1"] == pytest.approx((1 / 3 + 1 / 2) / 2), "as training counts them"
 
 
 def test_accuracy_is_the_mean_over_questions_with_the_error_of_their_means():

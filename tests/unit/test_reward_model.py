@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -108,6 +110,82 @@ def test_a_failing_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> Non
             assert len(server.requests) == 5
 
     with_server(use)
+
+
+def waits_of(
+    monkeypatch: pytest.MonkeyPatch, patience_s: float, headers: list[dict[str, str]]
+) -> tuple[list[float], bool]:
+    """How long is waited between tries by a server that is busy so many times; and whether it was answered in the end."""
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(served_model, "sleep", sleep)
+    monkeypatch.setattr(served_model.random, "uniform", lambda low, high: high)
+
+    async def use(url: str) -> None:
+        model = served_model.ServedModel("teacher", "distill.url", url, "NO_KEY", {}, 5.0, patience_s=patience_s)
+        await model.start()
+        try:
+            done.append(await model.ask("POST", "/x", {}) == {"fine": True})
+        except EngineError as error:
+            assert "answered 429" in str(error) and f"tried {len(waited) + 1} times" in str(error)
+        finally:
+            await model.close()
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    async def busy(request: web.Request) -> web.Response:
+        return web.json_response({}, status=429, headers=left.pop(0)) if left else web.json_response({"fine": True})
+
+    left, done = list(headers), list[bool]()
+    with_web_server([web.get("/v1/models", models), web.post("/x", busy)], use)
+    return waited, bool(done)
+
+
+def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, done = waits_of(monkeypatch, 60.0, [{}] * 50)
+    assert not done and sum(waited) == pytest.approx(60) and waited[:-1] == sorted(waited[:-1]) and waited[0] <= 1
+    assert len(waited) < 10
+    assert waits_of(monkeypatch, 60.0, [{}] * 5)[1]
+    # One that says when: not before, and not for ever.
+    soon = {"Retry-After": "20"}
+    waited, done = waits_of(monkeypatch, 60.0, [soon, soon])
+    assert done and waited == [20, 20]
+    date = {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)}
+    waited, done = waits_of(monkeypatch, 60.0, [date, {"Retry-After": "in a while"}])
+    assert done and 25 < waited[0] <= 30 and waited[1] < 2
+    waited, done = waits_of(monkeypatch, 60.0, [{"Retry-After": "3600"}])
+    assert done and waited == [60], "and a last try"
+    # A judge of a running trainer is waited for a second, whatever it says.
+    waited, done = waits_of(monkeypatch, served_model.PATIENCE_S, [soon] * 9)
+    assert not done and waited == [1]
+
+
+def test_as_many_are_asked_at_once_as_it_is_told() -> None:
+    running = most = 0
+
+    async def use(url: str) -> None:
+        model = served_model.ServedModel("teacher", "distill.url", url, "NO_KEY", {}, 5.0, max_concurrent=130)
+        await model.start()
+        await asyncio.gather(*[model.ask("POST", "/x", {}) for _ in range(200)])
+        await model.close()
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    async def slow(request: web.Request) -> web.Response:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.5)
+        running -= 1
+        return web.json_response({})
+
+    with_web_server([web.get("/v1/models", models), web.post("/x", slow)], use)
+    assert most == 130
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The file of graded responses: what a kill leaves of it, what is refused, and that nothing comes twice."""
 
 import json
+import resource
 
 import pytest
 
@@ -31,6 +32,11 @@ def test_what_was_added_is_found_again_with_its_place(filled):
     kept = store.kept["q1"][1]
     assert (kept.correct, kept.truncated, kept.num_tokens, kept.num_chars) == (False, False, 3, 9)
     assert store.read(kept) == response(sample=1, text="zwölf ≠ 2", correct=False)
+    late = response(sample=2, text=" \n", correct=False, timed_out=True)
+    store.add(late)
+    store.add(response(sample=3, text="", correct=False, refusal="too long"))
+    marks = [(k.empty, k.timed_out, k.refused) for k in store.kept["q1"].values()]
+    assert marks == [(False, False, False)] * 2 + [(True, True, False), (True, False, True)]
     assert store.read(store.kept["q2"][0]).problem == "2 + 2?"
     store.close()
     store.close()
@@ -60,6 +66,25 @@ def test_a_line_that_cannot_be_read_or_comes_twice_names_its_number(filled):
     with pytest.raises(DataError, match=r"line 3: response 0 to 'q1' is there twice"):
         SampleStore(filled)
     assert file.read_bytes() == lines[0] + lines[1] + lines[0], "a refused file is left as it is"
+
+
+@pytest.mark.parametrize("room", [0, 60])
+def test_a_full_disk_leaves_whole_lines_and_what_comes_later_is_kept(filled, room):
+    before = (filled / SAMPLES_FILE).read_bytes()
+    store = SampleStore(filled)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))
+    try:
+        with pytest.raises(DataError, match=r"Make room, then go on with --resume"):
+            store.add(response(sample=2, text="x" * 500))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (filled / SAMPLES_FILE).read_bytes() == before
+    # Another response was in flight when the disk was full, and there is room again.
+    store.add(response(sample=3))
+    assert store.read(store.kept["q1"][3]) == response(sample=3) and sorted(store.kept["q1"]) == [0, 1, 3]
+    store.close()
+    assert len(SampleStore(filled)) == 4
 
 
 def test_nothing_is_added_twice(filled):

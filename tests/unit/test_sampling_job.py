@@ -8,7 +8,7 @@ from fastreason.errors import EngineError
 from fastreason.rollout.fake import FakeEngine
 from fastreason.rollout.sample_store import SampleStore
 from fastreason.rollout.sampling_job import Ask, EngineSampler, Reply, Tally, missing_asks, run_job
-from fastreason.types import Grade, Prompt, SamplingParams
+from fastreason.types import Completion, Grade, Prompt, SamplingParams
 
 PROMPTS = [Prompt(id=f"p{number}", text=f"problem {number}", answer="7") for number in range(5)]
 
@@ -55,6 +55,49 @@ def read(folder):
     found = [store.read(kept) for by_sample in store.kept.values() for kept in by_sample.values()]
     store.close()
     return found
+
+
+class Words:
+    """Token i is `vocabulary[i]`."""
+
+    def __init__(self, *vocabulary):
+        self.vocabulary = vocabulary
+
+    def decode(self, token_ids, skip_special_tokens=False):
+        special = ("<end>",) if skip_special_tokens else ()
+        return "".join(self.vocabulary[token] for token in token_ids if self.vocabulary[token] not in special)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "generated", "text"),
+    [
+        (["ask", "<think>", "\n"], ["so", "</think>", "7", "<end>"], "<think>\nso</think>7"),
+        (["ask", "<th", "ink>"], ["so", "<end>"], "<think>so"),
+        (["ask", "<think>", "\n", "</think>", "\n"], ["7", "<end>"], "7"),
+        (["<think>", "\n", "ask"], ["7"], "7"),
+        (["ask", "<think>", "\n"], ["<end>"], ""),
+        (["ask", "<think>", "\n"], ["<think>", "so"], "<think>so"),
+    ],
+)
+def test_a_thought_that_the_prompt_opened_is_opened_in_the_text(tmp_path, prompt, generated, text):
+    vocabulary = sorted({*prompt, *generated})
+
+    class Engine:
+        async def generate(self, request_id, prompt_token_ids, params):
+            assert prompt_token_ids == [vocabulary.index(word) for word in prompt]
+            ids = [vocabulary.index(word) for word in generated]
+            zeros = [0] * len(ids)
+            return [Completion(token_ids=ids, logp=[0.0] * len(ids), finish_reason="stop", token_versions=zeros)]
+
+    grader, store = Grader(), SampleStore(tmp_path)
+    render = lambda _: [vocabulary.index(word) for word in prompt]  # noqa: E731
+    answer = EngineSampler(Engine(), Words(*vocabulary), render, SamplingParams(n=1, max_new_tokens=8), 0)
+    asks = [Ask(prompt=PROMPTS[0], sample=0)]
+    asyncio.run(run_job(asks, answer, grader, store, concurrency=1, on_response=lambda response: None))
+    found = store.read(store.kept["p0"][0])
+    store.close()
+    assert found.response == text and grader.seen == [("p0", [text], [False])]
+    assert found.num_tokens == len(generated), "what was generated is counted"
 
 
 def test_every_response_is_asked_once_and_graded_by_its_own_problem(tmp_path):
