@@ -72,7 +72,8 @@ def run_offline(session: Session, config: Config) -> Outcome:
     if finished and config.checkpoint.save_model:
         if parts.progress is not None:
             parts.progress.update("save model", step=loop.step)
-        save_model(parts.updater, model_dir, run_dir / "model", getattr(torch, config.model.dtype))
+        dtype, end = getattr(torch, config.model.dtype), traces.report.end_token_id
+        save_model(parts.updater, model_dir, run_dir / "model", dtype, end)
     parts.ranks.barrier()
     if parts.metrics is not None:
         write_summary(run_dir / "summary.json", summary_of(loop, run_dir))

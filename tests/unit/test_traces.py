@@ -119,6 +119,7 @@ def test_what_is_too_long_is_dropped_and_counted_and_the_rest_reads_back(tmp_pat
         assert tokenizer.decode(trace.prompt) == row["problem"]
         assert [tokenizer.decode(r) for r in trace.responses] == [row["response"] + "<eos>"]
     assert report.tokens == sum(len(r["problem"]) + len(r["response"]) + 1 for r in kept)
+    assert report.end_token_id == Traces(tmp_path / "traces").report.end_token_id == tokenizer.eos_token_id
     assert report.longest == 305 and json.loads((tmp_path / "traces" / "report.json").read_text())["kept"] == len(kept)
     assert sorted(p.name for p in (tmp_path / "traces").iterdir()) == ["report.json", "traces.arrow"]
 
@@ -126,7 +127,8 @@ def test_what_is_too_long_is_dropped_and_counted_and_the_rest_reads_back(tmp_pat
 def test_pairs_and_conversations_read_back(tmp_path, tokenizer):
     tokenizer.chat_template = CHATML
     pair = config_of(tmp_path, [{"problem": "p", "chosen": "good", "rejected": "bad"}], offline={"objective": "redi"})
-    write_traces(pair, tokenizer, tmp_path / "a", None, pairs=True)
+    report = write_traces(pair, tokenizer, tmp_path / "a", None, pairs=True)
+    assert report.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
     assert [tokenizer.decode(r) for r in Traces(tmp_path / "a")[0].responses] == ["good<|im_end|>", "bad<|im_end|>"]
     messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]
     chat = config_of(tmp_path, [{"m": messages}], offline={"messages_column": "m"})
