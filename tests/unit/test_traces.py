@@ -69,6 +69,29 @@ def test_a_template_that_rewrites_responses_is_noticed_and_generation_is_trained
     assert not made.as_rendered("1?", "hm</think>2")
 
 
+@pytest.mark.parametrize(
+    ("opened", "response", "trained"),
+    [
+        ("<think>\n", "<think>\nhm</think>2", "hm</think>2"),
+        ("<think>\n", "\n<think>hm</think>2", "hm</think>2"),
+        ("<think>\n", "<think>\n\nhm</think>2", "\nhm</think>2"),
+        ("<think>", "<think>\nhm</think>2", "\nhm</think>2"),
+        ("<think>\n", "hm<think>", "hm<think>"),
+        ("", "<think>\nhm</think>2", "<think>\nhm</think>2"),
+    ],
+)
+def test_what_the_prompt_has_opened_a_response_does_not_open_again(tokenizer, opened, response, trained):
+    asked = "{% if add_generation_prompt %}<|im_start|>assistant\n" + opened + "{% endif %}"
+    made = writer(tokenizer, CHATML.partition("{% if add_generation_prompt %}")[0] + asked)
+    assert tokenizer.decode(made.response(response)) == trained + "<|im_end|>"
+    whole = tokenizer.decode(made.prompt("1?") + made.response(response))
+    assert whole.endswith("assistant\n" + opened + trained + "<|im_end|>")
+    # ChatML writes what it is given: that is the same where the response is given as it came.
+    assert made.as_rendered("1?", response) == (opened + trained == response)
+    raw = writer(tokenizer, None, chat_template=False, user_template="{problem} " + opened)
+    assert tokenizer.decode(raw.response(response)) == trained + "<eos>"
+
+
 def test_every_assistant_turn_of_a_conversation_is_trained_and_nothing_else(tokenizer):
     made = writer(tokenizer)
     turns = [("user", "1?"), ("assistant", "one"), ("user", "2?"), ("tool", "x"), ("assistant", "two"), ("user", "bye")]
