@@ -227,9 +227,10 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
 
 
 def resume_command(options: argparse.Namespace) -> int:
-    from fastreason.checkpoint import CheckpointStore, read_producer_state
+    from fastreason.checkpoint import CheckpointStore, TrainerState, read_producer_state
     from fastreason.config import load_config
     from fastreason.launch import launch, write_config
+    from fastreason.metrics import read_summary
     from fastreason.preflight import preflight
     from fastreason.replay import REPLAYED
 
@@ -242,14 +243,16 @@ def resume_command(options: argparse.Namespace) -> int:
     config = load_config(run_dir / "config.yaml", overrides)
     decisions, unchecked = preflight(config)
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    path, state = store.latest()
+    offline = config.offline.objective is not None
+    # An offline run needs nothing but its traces to go on from step 0: one that has not saved yet loses no more than its steps.
+    unsaved = offline and not store.complete() and not read_summary(run_dir).get("finished")
+    path, state = (None, TrainerState(0, 0, 0, 0.0)) if unsaved else store.latest()
     if state.step >= config.train.steps:
         raise ConfigError(
             f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
             f"{config.train.steps}: it is finished. Pass train.steps=N with a larger N to train on."
         )
-    offline = config.offline.objective is not None
-    if options.only != "train" and not offline and read_producer_state(path) == REPLAYED:
+    if path and options.only != "train" and not offline and read_producer_state(path) == REPLAYED:
         raise ConfigError(
             f"--resume {options.resume}: it was trained on written groups, and knows of no prompt that was issued. "
             "Add --only train --groups FOLDER."
@@ -262,7 +265,7 @@ def resume_command(options: argparse.Namespace) -> int:
 
         decisions = resume_offline(config, run_dir, decisions)
     write_config(config, run_dir)
-    print(f"resuming from {path.name}: {state.step} of {config.train.steps} steps done")
+    print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")
     return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups)
 
 

@@ -5,13 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastreason.compose import collective_timeout_s, prepare_device, versions
 from fastreason.config import Config, num_updates
 from fastreason.data.traces import TraceOrder, Traces, num_examples
 from fastreason.metrics import MetricsLog, Progress, write_summary
 from fastreason.objectives import resolve_objective
-from fastreason.offline import OfflineLoop, OfflineParts, read_reference, score_reference, write_reference
+from fastreason.offline import OfflineLoop, OfflineParts, score_reference
 from fastreason.offline_data import TRACES, offline_layout
+from fastreason.reference import KeptScores
 from fastreason.session import Outcome, Session, StopFlag
 
 
@@ -53,17 +56,18 @@ def run_offline(session: Session, config: Config) -> Outcome:
         layout=offline_layout(config, traces.report, session.attention, session.device),
         pad_token_id=policy.model.config.pad_token_id or 0,
         stop_requested=stop,
-        resume_from=store.latest() if session.resume else None,
+        resume_from=store.latest() if session.resume and store.complete() else None,
     )
     if parts.ranks.is_first:
-        resume_step = parts.resume_from[1].step if parts.resume_from else None
+        # A run that was ended before its first checkpoint goes on from step 0.
+        resume_step = parts.resume_from[1].step if parts.resume_from else 0 if session.resume else None
         parts.metrics = MetricsLog(run_dir, config.log, resume_step)
         parts.progress = Progress(run_dir, config.train.steps)
         parts.trace = Trace(run_dir if config.log.trace else None, "trainer")
     loop = OfflineLoop(parts)
     try:
         if objective.needs_reference and not bring_reference(
-            parts, session, run_dir / TRACES, traces.report.fingerprint
+            parts, model_dir, run_dir / TRACES, traces.report.fingerprint
         ):
             return Outcome(finished=False)
         finished = loop.run()
@@ -72,7 +76,8 @@ def run_offline(session: Session, config: Config) -> Outcome:
     if finished and config.checkpoint.save_model:
         if parts.progress is not None:
             parts.progress.update("save model", step=loop.step)
-        save_model(parts.updater, model_dir, run_dir / "model", getattr(torch, config.model.dtype))
+        dtype, end = getattr(torch, config.model.dtype), traces.report.end_token_id
+        save_model(parts.updater, model_dir, run_dir / "model", dtype, end)
     parts.ranks.barrier()
     if parts.metrics is not None:
         write_summary(run_dir / "summary.json", summary_of(loop, run_dir))
@@ -81,24 +86,21 @@ def run_offline(session: Session, config: Config) -> Outcome:
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
 
 
-def bring_reference(parts: OfflineParts, session: Session, folder: Path, traces: str) -> bool:
-    """The pairs' scores under the initial weights: kept in the run's folder or computed and kept; False where stopped.
+def bring_reference(parts: OfflineParts, model_dir: Path, folder: Path, traces: str) -> bool:
+    """The pairs' scores under the initial weights: kept in `folder` or computed and kept; False where stopped.
 
-    traces: the fingerprint of the data.
+    traces: the fingerprint of the data. Raises ConfigError or CheckpointError where a run that goes on lacks its own scores.
     """
-    key = b""
+    step = parts.resume_from[1].step if parts.resume_from else 0
+    said, keep = None, lambda scores: None
     if parts.ranks.is_first:
-        key = fingerprint(Path(session.model_dir)).encode()
-    found = parts.ranks.broadcast(key or None).decode()
-    kept = {"traces": traces, "model": found, "dtype": parts.config.model.dtype}
-    parts.reference = read_reference(folder, kept)
-    # One rank may see a file that another does not see yet.
-    (known,) = parts.ranks.sum([float(parts.reference is not None)])
-    if known == parts.ranks.num:
-        return True
-    parts.reference = score_reference(parts)
-    if parts.reference is not None and parts.ranks.is_first:
-        write_reference(folder, parts.reference, kept)
+        kept = KeptScores(
+            folder, {"traces": traces, "model": fingerprint(model_dir), "dtype": parts.config.model.dtype}
+        )
+        # One rank may see a file that another does not see yet, so only one reads. A message may not be empty.
+        said, keep = b"." + kept.read(step, len(parts.rows)).tobytes(), kept.append
+    done = np.frombuffer(bytearray(parts.ranks.broadcast(said)[1:]), dtype=np.float64).reshape(-1, 2)
+    parts.reference = score_reference(parts, done, keep)
     return parts.reference is not None
 
 

@@ -112,7 +112,7 @@ def launch(
             finally:
                 supervisor.stop()
     except FastreasonError as error:
-        error.args = (f"{error}{_resume_hint(run_dir)}",)
+        error.args = (f"{error}{_resume_hint(config, run_dir)}",)
         raise
     finally:
         memory.stop()
@@ -130,8 +130,8 @@ def launch(
     if outcome.finished:
         print("all steps were done when it was asked to stop; a last evaluation may be missing", file=sys.stderr)
         return request.exit_code
-    saved = f"continue with: fastreason train --resume {run_dir}" if outcome.saved else "nothing had been trained yet"
-    print(f"stopped after step {outcome.step} of {config.train.steps}; {saved}", file=sys.stderr)
+    hint = _resume_hint(config, run_dir).strip() or "nothing had been trained yet"
+    print(f"stopped after step {outcome.step} of {config.train.steps}; {hint}", file=sys.stderr)
     return request.exit_code
 
 
@@ -279,11 +279,17 @@ def sweep_segments(parent: Path) -> None:
                 remove_segments(map(Path, listed.read_text().splitlines()))
 
 
-def _resume_hint(run_dir: Path) -> str:
+def _resume_hint(config: Config, run_dir: Path) -> str:
+    """How to go on, as a line of its own; nothing where a run cannot."""
     from fastreason.checkpoint import CheckpointStore
 
     found = CheckpointStore(run_dir, keep_last=1, keep_best=False).complete()
-    return f"\ncontinue from {found[-1].name} with: fastreason train --resume {run_dir}" if found else ""
+    if found:
+        return f"\ncontinue from {found[-1].name} with: fastreason train --resume {run_dir}"
+    # Its traces are there, and the scores of pairs that have been computed.
+    return (
+        f"\nbegin again, with what is prepared: fastreason train --resume {run_dir}" if config.offline.objective else ""
+    )
 
 
 def _finish(config: Config, run_dir: Path, figures: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ Runs on every rank; rank 0 alone writes. The batch of a step is a function of th
 but the updater's state and the number of steps done.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -246,11 +245,15 @@ def changes(figures: dict[str, float], first: dict[str, float]) -> dict[str, flo
     return {f"{key}_change": value - first[key] for key, value in figures.items() if key in first}
 
 
-def score_reference(parts: OfflineParts) -> np.ndarray | None:
-    """[rows, 2] fp64 nats: every pair under the weights as they are, on every rank; None where told to stop."""
+def score_reference(parts: OfflineParts, done: np.ndarray, keep: Callable[[np.ndarray], None]) -> np.ndarray | None:
+    """[rows, 2] fp64 nats: every pair under the weights as they are, on every rank; None where told to stop.
+
+    done: the first rows, known already. keep: is given the rows of each chunk, on rank 0.
+    """
     ranks, found = parts.ranks, np.zeros((len(parts.rows), 2))
+    found[: len(done)] = done
     size = REFERENCE_ROWS * ranks.num
-    for first in range(0, len(parts.rows), size):
+    for first in range(len(done), len(parts.rows), size):
         if stops_now(ranks, parts.stop_requested):
             return None
         chosen = range(first, min(first + size, len(parts.rows)))
@@ -262,27 +265,9 @@ def score_reference(parts: OfflineParts) -> np.ndarray | None:
         logp = parts.updater.logprobs(batches, parts.objective.spec, TEMPERATURE)
         sums = response_sums(batches, logp, len(rows), ranks)
         found[first : first + len(chosen)] = np.array(sums).reshape(-1, 2)
+        if ranks.is_first:
+            keep(found[first : first + len(chosen)])
     return found
-
-
-def read_reference(folder: Path, key: dict[str, Any]) -> np.ndarray | None:
-    """The scores that `write_reference` has kept of the same data and model; None where there are none."""
-    try:
-        if json.loads((folder / "reference.json").read_text(encoding="utf-8")) != key:
-            return None
-        return np.load(folder / "reference.npy", allow_pickle=False)
-    except (OSError, ValueError):
-        return None
-
-
-def write_reference(folder: Path, scores: np.ndarray, key: dict[str, Any]) -> None:
-    """Keep the reference's scores; `key` says of which data and model they are."""
-    (folder / "reference.json").unlink(missing_ok=True)
-    with open(folder / "reference.npy", "wb") as file:
-        np.save(file, scores, allow_pickle=False)
-    aside = folder / "reference.json.writing"
-    aside.write_text(json.dumps(key), encoding="utf-8")
-    aside.replace(folder / "reference.json")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,7 +5,9 @@
 """
 
 import base64
+import json
 import pickle
+import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -154,13 +156,14 @@ def make_publisher(
     return Publisher(folder, dtype)
 
 
-def save_model(source: WeightSource, model_dir: Path, target: Path, dtype: torch.dtype) -> None:
+def save_model(
+    source: WeightSource, model_dir: Path, target: Path, dtype: torch.dtype, end_token_id: int | None = None
+) -> None:
     """Write a normal Hugging Face folder: the trained weights, and every other file of the model it started from.
 
-    Called on all ranks; written aside and renamed on rank 0.
+    end_token_id: what the model was trained to end a response with, where it may have ended with another before; engines
+    are told to stop there too. Called on all ranks; written aside and renamed on rank 0.
     """
-    import shutil
-
     from huggingface_hub import save_torch_state_dict
 
     # Cloned: the weights of a ZeRO engine are views of one flat buffer, which safetensors would refuse to cut.
@@ -173,6 +176,26 @@ def save_model(source: WeightSource, model_dir: Path, target: Path, dtype: torch
     for file in sorted(model_dir.iterdir()):
         if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model", ".py") and "index" not in file.name:
             shutil.copy(file, aside / file.name)
+    if end_token_id is not None:
+        add_end(aside, end_token_id)
     save_torch_state_dict(tensors, str(aside), metadata={"format": "pt"})
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
+
+
+def add_end(model_dir: Path, end_token_id: int) -> None:
+    """Add an id to those at which generation ends.
+
+    In generation_config.json, which is made where there is none: vLLM (under any --generation-config) and transformers read
+    the ends there first, and some architectures refuse a list in config.json.
+    """
+    generation = model_dir / "generation_config.json"
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    inherited = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    found = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else inherited
+    ends = found.get("eos_token_id", config.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end_token_id in ends and generation.is_file():
+        return
+    found["eos_token_id"] = list(dict.fromkeys([*ends, end_token_id]))
+    generation.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

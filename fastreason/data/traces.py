@@ -33,7 +33,8 @@ class TraceReport:
     """What came in, what was dropped and what is left; `fingerprint` names the token ids. Lengths in tokens.
 
     longest: of one prompt with one response; longest_line: of one prompt with all of the row's responses.
-    differing: of `NUM_CHECKED` rows, those that the chat template writes otherwise.
+    differing: of `NUM_CHECKED` rows, those that the chat template writes otherwise. end_token_id: the last token of every
+    response.
     """
 
     rows: int = 0
@@ -44,6 +45,7 @@ class TraceReport:
     longest: int = 0
     longest_line: int = 0
     differing: int = 0
+    end_token_id: int | None = None
     fingerprint: str = ""
 
     def lines(self) -> list[str]:
@@ -89,7 +91,8 @@ def write_traces(config: Config, tokenizer: Any, folder: Path, limit: int | None
 
     Raises DataError for a row that cannot be used, naming it, and where none is left.
     """
-    writer, report = TurnWriter(tokenizer, config.data), TraceReport()
+    writer = TurnWriter(tokenizer, config.data)
+    report = TraceReport(end_token_id=writer.end[-1])
     digest = hashlib.sha256()
     columns = {"id": pa.string(), "weight": pa.float32(), "prompt": pa.list_(pa.int32())}
     columns |= {name: pa.list_(pa.int32()) for name in (("chosen", "rejected") if pairs else ("chosen",))}

@@ -1,9 +1,11 @@
 """How a model would have to write a response: the token ids of prompts, responses and conversations, and which are trained.
 
 A response is tokenized by itself, behind its prompt, as generation would make it, and ends with the token that ends a turn
-in the chat template (else the tokenizer's EOS). Loads no tokenizer and reads no file.
+in the chat template (else the tokenizer's EOS). A tag that the prompt has opened (<think>) is not opened again by the
+response. Loads no tokenizer and reads no file.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from fastreason.data.render import render_messages, render_token_ids
 from fastreason.errors import ConfigError, DataError
 from fastreason.types import Prompt
 
+OPENED = re.compile(r"(<\w+>)(\s*)\Z")
 PROBE = "Probe0of1a2response"
 Message = dict[str, Any]
 
@@ -32,9 +35,11 @@ class TurnWriter:
         self._tokenizer, self._config = tokenizer, config
         self.tail, self._tail_rest = "", list[int]()
         end: list[int] = []
+        asked = config.user_template
         if config.chat_template:
             probe = Prompt(id="", text="?")
             render_token_ids(probe, config, tokenizer)  # with its clear errors
+            asked = self._render(render_messages(probe, config), add_generation_prompt=True)
             whole = self._render([*render_messages(probe, config), _assistant(PROBE)])
             self.tail = whole.rpartition(PROBE)[2]
             tail = self._ids(self.tail)
@@ -44,6 +49,8 @@ class TurnWriter:
             first = next((place for place, token in enumerate(tail) if token in special), None)
             self._tail_rest = tail if first is None else tail[first + 1 :]
             end = [] if first is None else tail[: first + 1]
+        opened = OPENED.search(asked)
+        self._opened, self._opened_space = opened.groups() if opened else ("", "")
         # Where the template ends a turn without a special token, only EOS can end generation.
         self._ends_by_template = bool(end)
         if not end and tokenizer.eos_token_id is None:
@@ -55,8 +62,8 @@ class TurnWriter:
         return render_token_ids(Prompt(id="", text=problem), self._config, self._tokenizer)
 
     def response(self, text: str) -> list[int]:
-        """A response's ids with the end of the turn, once."""
-        ids = self._ids(text)
+        """A response's ids with the end of the turn, once, and without the tag that the prompt ends with."""
+        ids = self._ids(self._continued(text))
         return ids if ids[-len(self.end) :] == self.end else ids + self.end
 
     def as_rendered(self, problem: str, response: str) -> bool:
@@ -66,7 +73,7 @@ class TurnWriter:
         messages = render_messages(Prompt(id="", text=problem), self._config)
         prompt = self._render(messages, add_generation_prompt=True)
         whole = self._render([*messages, _assistant(response)])
-        if whole != prompt + response + self.tail:
+        if whole != prompt + self._continued(response) + self.tail:
             return False
         rest = self._tail_rest if self._ends_by_template else self._tail_rest[:0]
         ids = self.prompt(problem) + self.response(response) + rest
@@ -103,6 +110,13 @@ class TurnWriter:
             trained += [False] * len(context) + [True] * len(answer) + [False] * len(rest)
             at = len(through)
         return Tokens(prompt, ids, trained)
+
+    def _continued(self, response: str) -> str:
+        """A response as it goes on from the prompt: without the tag, and the space behind it, that the prompt ends with."""
+        begins = response.lstrip()
+        if not self._opened or not begins.startswith(self._opened):
+            return response
+        return begins.removeprefix(self._opened).removeprefix(self._opened_space)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

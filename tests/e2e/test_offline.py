@@ -63,7 +63,7 @@ def same_weights(first: Path, second: Path) -> bool:
 
 def test_a_killed_dpo_run_goes_on_bit_for_bit(offline_run):
     # So many steps that the run is still under way when it is struck.
-    keys = {"offline": {"epochs": 4, "beta": 0.1}, "checkpoint": {"every": 2}, "train": {"prompts_per_step": 3}}
+    keys = {"offline": {"epochs": 4, "beta": 0.1}, "checkpoint": {"every": 20}, "train": {"prompts_per_step": 3}}
     whole, killed = offline_run("dpo", **keys), offline_run("dpo", **keys)
     assert whole.run() == 0, whole.output + whole.logs()
     assert "traces: 30 rows, 30 kept" in whole.output and "step 40/40" in whole.output
@@ -74,13 +74,19 @@ def test_a_killed_dpo_run_goes_on_bit_for_bit(offline_run):
     killed.until(lambda: killed.num_steps() >= 5, what="step 5")
     killed.stop(signal.SIGKILL)
     killed.wait(30)
+    scores = (killed.run_dir / "traces" / "reference.f64").stat().st_mtime_ns
+    # Before its first checkpoint: again from the beginning, with what is prepared.
+    killed.start(resume=killed.run_dir)
+    killed.until(lambda: killed.num_steps() >= 22, what="step 22")
+    killed.stop(signal.SIGKILL)
+    killed.wait(30)
+    assert "resuming from the beginning: 0 of 40 steps done" in killed.output
     assert killed.run("train.prompts_per_step=6", resume=killed.run_dir) == 2
     assert "train.prompts_per_step=6, but its traces" in killed.output
-    scores = (killed.run_dir / "traces" / "reference.npy").stat().st_mtime_ns
     assert killed.run(resume=killed.run_dir) == 0, killed.output + killed.logs()
-    assert steady(killed.metrics()) == rows
+    assert "resuming from step-000020" in killed.output and steady(killed.metrics()) == rows
     assert same_weights(whole.run_dir, killed.run_dir)
-    assert (killed.run_dir / "traces" / "reference.npy").stat().st_mtime_ns == scores, "computed once"
+    assert (killed.run_dir / "traces" / "reference.f64").stat().st_mtime_ns == scores, "computed once"
 
 
 def test_two_ranks_and_small_micro_batches_train_alike(offline_run):

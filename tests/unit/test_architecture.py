@@ -44,6 +44,7 @@ ALLOWED = {
     "display": FOUNDATION | {"alerts", "metrics"},
     "trace": set(),
     "replay": FOUNDATION | {"rollout"},
+    "reference": FOUNDATION,
     "report": FOUNDATION | {"metrics", "trace", "ledger"},
     "probes": FOUNDATION | {"processes"},
     "machine": FOUNDATION,

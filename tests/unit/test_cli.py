@@ -181,6 +181,27 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(config, capsys):
     assert "no complete checkpoint to resume from" in capsys.readouterr().err
 
 
+def offline_run_dir(folder, **train):
+    (folder / "rows.jsonl").write_text('{"problem": "p", "response": "r"}\n')
+    offline = {"objective": "sft", "path": "rows.jsonl"}
+    raw = {"model": {"path": "model"}, "train": {"steps": 3, "prompts_per_step": 1, **train}, "offline": offline}
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "run"
+
+
+def test_an_offline_run_without_a_checkpoint_goes_on_from_its_traces(config, monkeypatch, capsys):
+    run, calls = offline_run_dir(config.parent), []
+    monkeypatch.setattr("fastreason.offline_data.resume_offline", lambda config, run_dir, decisions: decisions)
+    monkeypatch.setattr("fastreason.launch.launch", lambda *_, resume, **__: calls.append(resume) or 0)
+    assert cli.main(["train", "--resume", "run"]) == 0 and calls == [True]
+    assert "resuming from the beginning: 0 of 3 steps done" in capsys.readouterr().out
+    # One that is finished and kept no checkpoint has nothing to go on from.
+    (run / "summary.json").write_text('{"finished": true, "steps": 3}')
+    assert cli.main(["train", "--resume", "run"]) == 1 and calls == [True]
+    assert "no complete checkpoint to resume from" in capsys.readouterr().err
+
+
 def write_groups(folder, num, prompts=2, samples=8):
     """Batches of the size that the config asks for, where it is not said otherwise."""
     grade = Grade(reward=1.0, correct=True)

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shutil
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,6 +15,7 @@ from fastreason.errors import EngineError
 from fastreason.exchange import write_weights
 from fastreason.rollout.busy import BusyClock
 from fastreason.rollout.hf import HfEngine
+from fastreason.sync import save_model
 from fastreason.types import SamplingParams, WeightUpdate
 
 PROMPT = [5, 6, 7]
@@ -85,13 +88,50 @@ def test_at_temperature_0_each_token_is_the_likeliest_whatever_the_seed(folder):
 
 def test_sampling_defaults_of_the_model_do_not_change_the_distribution(folder, tmp_path):
     """The trainer knows nothing of a repetition penalty that stands in a model's own generation_config.json."""
-    import shutil
-
     path = tmp_path / "m"
     shutil.copytree(folder, path)
     keys = {"eos_token_id": 1, "pad_token_id": 0, "repetition_penalty": 1.5, "top_k": 3, "min_p": 0.2, "top_p": 0.5}
     (path / "generation_config.json").write_text(json.dumps({**keys, "do_sample": True, "no_repeat_ngram_size": 1}))
     check(path, generate(engine(path)))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"eos_token_id": 1, "top_p": 0.5}, {"eos_token_id": [1, 8], "top_p": 0.5}),
+        ({"eos_token_id": [1, 2]}, {"eos_token_id": [1, 2, 8]}),
+        ({"max_length": 9}, {"eos_token_id": [1, 8], "max_length": 9}),
+        (None, {"eos_token_id": [1, 8], "bos_token_id": 1, "pad_token_id": 0}),
+    ],
+)
+def test_a_saved_model_stops_at_the_end_that_it_was_trained_to_write(folder, tmp_path, own, expected):
+    """A base model whose EOS, 1, is not its chat template's end of turn, 8: what it has learnt to write is 8."""
+    start, target = tmp_path / "start", tmp_path / "run" / "model"
+    shutil.copytree(folder, start)
+    (start / "generation_config.json").unlink()
+    if own is not None:
+        (start / "generation_config.json").write_text(json.dumps(own))
+    shapes = {name: p.shape for name, p in LlamaForCausalLM.from_pretrained(start).named_parameters()}
+    weights = {name: torch.ones(shape) if "norm" in name else torch.zeros(shape) for name, shape in shapes.items()}
+    weights["model.embed_tokens.weight"] += 1.0
+    weights["model.embed_tokens.weight"][8] += 0.5  # the likeliest token after any other
+    source = SimpleNamespace(rank=0, weights=lambda: iter(weights.items()))
+    greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=6, seed=3)
+    for end, found in ((None, ([8] * 6, "length")), (8, ([8], "stop"))):
+        save_model(source, start, target, torch.float32, end)
+        (completion,) = generate(engine(target), greedy)
+        assert (completion.token_ids, completion.finish_reason) == found
+    assert json.loads((target / "generation_config.json").read_text()) == expected
+    assert (target / "config.json").read_bytes() == (start / "config.json").read_bytes()
+
+
+def test_an_end_that_engines_know_changes_no_file_of_a_saved_model(folder, tmp_path):
+    text = '{"eos_token_id":[1, 8]}'
+    shutil.copytree(folder, tmp_path / "start")
+    (tmp_path / "start" / "generation_config.json").write_text(text)
+    source = SimpleNamespace(rank=0, weights=lambda: iter([("w", torch.zeros(1))]))
+    save_model(source, tmp_path / "start", tmp_path / "model", torch.float32, 8)
+    assert (tmp_path / "model" / "generation_config.json").read_text() == text
 
 
 def test_a_seed_gives_the_same_again_and_another_something_else(folder):

@@ -3,14 +3,20 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fastreason import offline
+from fastreason.compose_offline import bring_reference
 from fastreason.config import parse_config
-from fastreason.errors import ConfigError
-from fastreason.offline import read_reference, write_reference
+from fastreason.data.traces import Trace
+from fastreason.errors import CheckpointError, ConfigError
+from fastreason.objectives import OBJECTIVES
 from fastreason.offline_data import longest_sequence, with_steps
+from fastreason.ranks import Ranks
+from fastreason.reference import KEY_FILE, SCORES_FILE, KeptScores
 
 # One row of 19,800 tokens over a vocabulary of 49,152: its logits alone would be 3.6 GiB in fp32.
 LONG_ROW = """
@@ -49,14 +55,75 @@ def test_a_row_of_19800_tokens_needs_far_less_memory_than_its_logits():
     assert 0 < redi_gib < 1.2 and simpo_gib < 1.2, done.stdout
 
 
-def test_kept_scores_are_those_of_the_same_data_and_model(tmp_path):
-    key = {"traces": "a", "model": "b", "dtype": "float32"}
-    assert read_reference(tmp_path, key) is None
-    scores = np.arange(6.0).reshape(3, 2)
-    write_reference(tmp_path, scores, key)
-    assert np.array_equal(read_reference(tmp_path, key), scores)
-    for name in key:
-        assert read_reference(tmp_path, {**key, name: "other"}) is None
+KEY = {"traces": "a", "model": "b", "dtype": "float32"}
+
+
+def test_scores_are_kept_chunk_by_chunk_and_a_torn_row_is_not_read(tmp_path):
+    scores = np.arange(10.0).reshape(5, 2)
+    kept = KeptScores(tmp_path, KEY)
+    assert kept.read(0, 5).shape == (0, 2)
+    kept.append(scores[:2])
+    assert np.array_equal(KeptScores(tmp_path, KEY).read(0, 5), scores[:2])
+    with open(tmp_path / SCORES_FILE, "ab") as file:
+        file.write(b"torn")
+    again = KeptScores(tmp_path, KEY)
+    assert np.array_equal(again.read(0, 5), scores[:2])
+    again.append(scores[2:])
+    assert np.array_equal(KeptScores(tmp_path, KEY).read(7, 5), scores)
+
+
+@pytest.mark.parametrize("name", KEY)
+def test_scores_of_something_else_are_removed_before_the_first_step_and_refused_after_it(tmp_path, name):
+    kept = KeptScores(tmp_path, KEY)
+    kept.read(0, 1)
+    kept.append(np.ones((1, 2)))
+    other = KeptScores(tmp_path, {**KEY, name: "other"})
+    with pytest.raises(ConfigError, match=rf"3 steps were trained against are of another {name}\. .*model\.path"):
+        other.read(3, 1)
+    assert len(KeptScores(tmp_path, KEY).read(3, 1)) == 1, "what was refused is still there"
+    assert len(other.read(0, 1)) == 0
+    other.append(np.zeros((1, 2)))
+    assert np.array_equal(other.read(3, 1), np.zeros((1, 2)))
+
+
+def test_scores_that_are_gone_after_the_first_step_end_the_run(tmp_path):
+    kept = KeptScores(tmp_path, KEY)
+    kept.read(0, 2)
+    kept.append(np.ones((1, 2)))
+    with pytest.raises(CheckpointError, match=r"1 of 2 pairs' scores are left, and 3 steps"):
+        kept.read(3, 2)
+    (tmp_path / KEY_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"0 of 2 pairs' scores are left"):
+        kept.read(3, 2)
+
+
+def test_a_run_that_is_stopped_while_it_scores_goes_on_where_it_was(tmp_path, monkeypatch):
+    """The policy scores a response as the sum of its tokens."""
+    monkeypatch.setattr(offline, "REFERENCE_ROWS", 2)
+    (tmp_path / "config.json").write_text("{}")
+    pairs = [Trace(str(i), [1], [[i + 2, 3], [i + 4]], None, 1.0) for i in range(5)]
+    scored = []
+
+    def logprobs(batches, spec, temperature):
+        scored.extend(len(batch.index_B) for batch in batches)
+        return [batch.ids_N.double() for batch in batches]
+
+    def parts(stops_after):
+        asked = iter(range(99))
+        return offline.OfflineParts(
+            config=config_of({"steps": 1}, objective="dpo"), objective=OBJECTIVES["dpo"], ranks=Ranks(), rows=pairs,
+            updater=SimpleNamespace(logprobs=logprobs), order=None, checkpoints=None, layout="padded", pad_token_id=0,
+            stop_requested=lambda: next(asked) >= stops_after,
+        )  # fmt: skip
+
+    first, second, third = parts(1), parts(99), parts(0)
+    assert not bring_reference(first, tmp_path, tmp_path, "traces")
+    assert first.reference is None and sum(scored) == 4
+    assert bring_reference(second, tmp_path, tmp_path, "traces")
+    assert sum(scored) == 10, "a pair was scored twice"
+    assert second.reference.tolist() == [[i + 5.0, i + 4.0] for i in range(5)]
+    assert bring_reference(third, tmp_path, tmp_path, "traces") and sum(scored) == 10
+    assert np.array_equal(third.reference, second.reference)
 
 
 def config_of(train, **offline):

@@ -69,6 +69,29 @@ def test_a_template_that_rewrites_responses_is_noticed_and_generation_is_trained
     assert not made.as_rendered("1?", "hm</think>2")
 
 
+@pytest.mark.parametrize(
+    ("opened", "response", "trained"),
+    [
+        ("<think>\n", "<think>\nhm</think>2", "hm</think>2"),
+        ("<think>\n", "\n<think>hm</think>2", "hm</think>2"),
+        ("<think>\n", "<think>\n\nhm</think>2", "\nhm</think>2"),
+        ("<think>", "<think>\nhm</think>2", "\nhm</think>2"),
+        ("<think>\n", "hm<think>", "hm<think>"),
+        ("", "<think>\nhm</think>2", "<think>\nhm</think>2"),
+    ],
+)
+def test_what_the_prompt_has_opened_a_response_does_not_open_again(tokenizer, opened, response, trained):
+    asked = "{% if add_generation_prompt %}<|im_start|>assistant\n" + opened + "{% endif %}"
+    made = writer(tokenizer, CHATML.partition("{% if add_generation_prompt %}")[0] + asked)
+    assert tokenizer.decode(made.response(response)) == trained + "<|im_end|>"
+    whole = tokenizer.decode(made.prompt("1?") + made.response(response))
+    assert whole.endswith("assistant\n" + opened + trained + "<|im_end|>")
+    # ChatML writes what it is given: that is the same where the response is given as it came.
+    assert made.as_rendered("1?", response) == (opened + trained == response)
+    raw = writer(tokenizer, None, chat_template=False, user_template="{problem} " + opened)
+    assert tokenizer.decode(raw.response(response)) == trained + "<eos>"
+
+
 def test_every_assistant_turn_of_a_conversation_is_trained_and_nothing_else(tokenizer):
     made = writer(tokenizer)
     turns = [("user", "1?"), ("assistant", "one"), ("user", "2?"), ("tool", "x"), ("assistant", "two"), ("user", "bye")]
@@ -119,6 +142,7 @@ def test_what_is_too_long_is_dropped_and_counted_and_the_rest_reads_back(tmp_pat
         assert tokenizer.decode(trace.prompt) == row["problem"]
         assert [tokenizer.decode(r) for r in trace.responses] == [row["response"] + "<eos>"]
     assert report.tokens == sum(len(r["problem"]) + len(r["response"]) + 1 for r in kept)
+    assert report.end_token_id == Traces(tmp_path / "traces").report.end_token_id == tokenizer.eos_token_id
     assert report.longest == 305 and json.loads((tmp_path / "traces" / "report.json").read_text())["kept"] == len(kept)
     assert sorted(p.name for p in (tmp_path / "traces").iterdir()) == ["report.json", "traces.arrow"]
 
@@ -126,7 +150,8 @@ def test_what_is_too_long_is_dropped_and_counted_and_the_rest_reads_back(tmp_pat
 def test_pairs_and_conversations_read_back(tmp_path, tokenizer):
     tokenizer.chat_template = CHATML
     pair = config_of(tmp_path, [{"problem": "p", "chosen": "good", "rejected": "bad"}], offline={"objective": "redi"})
-    write_traces(pair, tokenizer, tmp_path / "a", None, pairs=True)
+    report = write_traces(pair, tokenizer, tmp_path / "a", None, pairs=True)
+    assert report.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
     assert [tokenizer.decode(r) for r in Traces(tmp_path / "a")[0].responses] == ["good<|im_end|>", "bad<|im_end|>"]
     messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]
     chat = config_of(tmp_path, [{"m": messages}], offline={"messages_column": "m"})
