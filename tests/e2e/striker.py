@@ -41,6 +41,7 @@ class Striker:
         staleness: int,
         hang_timeout_s: float,
         rollout: dict[str, Any] | None = None,
+        deadline_s: float = 2.0,
         **train: Any,
     ) -> None:
         token_s = 0.05 if engine == "fake" else 0.0
@@ -51,7 +52,7 @@ class Striker:
                 "max_new_tokens": 8 if engine == "fake" else 64, **(rollout or {}),
             },
             train={"prompts_per_step": 3, **train},
-            reward={"functions": {"user_reward_of_the_test:even": 1.0}, "deadline_s": 2.0},
+            reward={"functions": {"user_reward_of_the_test:even": 1.0}, "deadline_s": deadline_s},
             checkpoint={"save_model": False, "every": 2},
         )  # fmt: skip
         self.engine, self.step = engine, 0
@@ -138,7 +139,9 @@ class Striker:
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert all(row["reward/timeouts"] == 0 for row in rows)
         if undisturbed is not None:
-            assert steady(rows) == steady(undisturbed.result()[:steps])
+            pairs = zip(steady(rows), steady(undisturbed.result()[:steps]), strict=True)
+            moved = [(mine["step"], key, mine.get(key), its.get(key)) for mine, its in pairs for key in {*mine, *its}]
+            assert [item for item in moved if item[2] != item[3]] == []
         else:
             # The sampler that was started again has the weights of its version: those of the trainer, where they are its own.
             fresh = [row["mismatch/logp_abs_mean"] for row in rows if row["rollout/staleness_max"] == 0]
