@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastreason.config import Config, load_config
+from fastreason.config import Config, check_arithmetic, load_config
 from fastreason.data.traces import TraceReport, Traces, num_examples, write_traces
 from fastreason.errors import ConfigError
 from fastreason.models import read_model_config, resolve_model
@@ -31,14 +31,21 @@ def prepare_offline(config: Config, run_dir: Path, decisions: Decisions) -> tupl
     What it loads is gone with the process that does it. Removes the run's folder where the data cannot be used.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            report = pool.submit(tokenize, config, run_dir / TRACES).result()
+        report = in_own_process(config, run_dir / TRACES)
+        config = with_steps(config, report.kept)
+        check_arithmetic(config)
+        decisions = decide_offline(config, report, decisions)
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
     print("\n".join(report.lines()))
-    config = with_steps(config, report.kept)
-    return config, decide_offline(config, report, decisions)
+    return config, decisions
+
+
+def in_own_process(config: Config, folder: Path) -> TraceReport:
+    """`tokenize` in a process that ends with this call."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(tokenize, config, folder).result()
 
 
 def resume_offline(config: Config, run_dir: Path, decisions: Decisions) -> Decisions:

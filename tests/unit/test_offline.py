@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastreason import offline
+from fastreason import offline, offline_data
 from fastreason.compose_offline import bring_reference
 from fastreason.config import parse_config
-from fastreason.data.traces import Trace
+from fastreason.data.traces import Trace, TraceReport
 from fastreason.errors import CheckpointError, ConfigError
 from fastreason.objectives import OBJECTIVES
-from fastreason.offline_data import longest_sequence, with_steps
+from fastreason.offline_data import longest_sequence, prepare_offline, with_steps
+from fastreason.preflight import Decisions
 from fastreason.ranks import Ranks
 from fastreason.reference import KEY_FILE, SCORES_FILE, KeptScores
 
@@ -138,6 +139,45 @@ def test_epochs_say_how_many_steps_there_are():
     assert with_steps(config_of({"steps": 99}), 640).train.steps == 99, "without epochs it goes round"
     with pytest.raises(ConfigError, match=r"train\.steps=21: offline\.epochs=1 of 640 rows make only 20"):
         with_steps(config_of({"steps": 21}, epochs=1), 640)
+
+
+def finished_traces(num):
+    def tokenize(config, folder):
+        folder.mkdir()
+        return TraceReport(rows=num, kept=num, longest=3, longest_line=3)
+
+    return tokenize
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"steps": 99}, r"train\.steps=99: offline\.epochs=1 of 64 rows make only 2 steps"),
+        ({"warmup_steps": 3}, r"train\.warmup_steps=3 is more than the 2 updates of the run"),
+    ],
+)
+def test_keys_that_the_number_of_rows_contradicts_leave_no_run(tmp_path, monkeypatch, train, message):
+    monkeypatch.setattr(offline_data, "in_own_process", lambda config, folder: finished_traces(64)(config, folder))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(ConfigError, match=message):
+        prepare_offline(config_of(train, epochs=1), run_dir, Decisions(device="cpu", attention="sdpa", liger=False))
+    assert not run_dir.exists()
+
+
+def test_an_attention_that_cannot_be_leaves_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline_data, "in_own_process", lambda config, folder: finished_traces(64)(config, folder))
+    monkeypatch.setattr(offline_data, "decide_attention", refuse)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="no such attention"):
+        prepare_offline(
+            config_of({}, epochs=1), tmp_path / "run", Decisions(device="cpu", attention="sdpa", liger=False)
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(*_):
+    raise ConfigError("no such attention")
 
 
 def test_the_longest_row_is_what_the_model_can_take():
