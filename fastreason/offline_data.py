@@ -3,13 +3,17 @@
 Loads no model. What it needs of transformers is in a process of its own, which gives its memory back.
 """
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fastreason.config import Config, check_arithmetic, load_config
@@ -20,6 +24,7 @@ from fastreason.objectives import resolve_objective
 from fastreason.packing import Layout
 from fastreason.policy import choose_layout
 from fastreason.preflight import Decisions, decide_attention
+from fastreason.processes import die_with_parent
 
 TRACES = "traces"
 SHARED_TOKENS = 2048  # the mask of a shared line grows with its square, and sdpa leaves out half of a causal one
@@ -31,7 +36,8 @@ def prepare_offline(config: Config, run_dir: Path, decisions: Decisions) -> tupl
     What it loads is gone with the process that does it. Removes the run's folder where the data cannot be used.
     """
     try:
-        report = in_own_process(config, run_dir / TRACES)
+        with stopped_by_sigterm():
+            report = in_own_process(config, run_dir / TRACES)
         config = with_steps(config, report.kept)
         check_arithmetic(config)
         decisions = decide_offline(config, report, decisions)
@@ -43,9 +49,31 @@ def prepare_offline(config: Config, run_dir: Path, decisions: Decisions) -> tupl
 
 
 def in_own_process(config: Config, folder: Path) -> TraceReport:
-    """`tokenize` in a process that ends with this call."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(tokenize, config, folder).result()
+    """`tokenize` in a process that ends with this call, however that ends."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=die_with_parent) as pool:
+        worker = pool.submit(os.getpid).result()
+        try:
+            return pool.submit(tokenize, config, folder).result()
+        except BaseException:
+            # Leaving the block waits for it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
+            raise
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM ends the command by an exception, so that what was begun is cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def resume_offline(config: Config, run_dir: Path, decisions: Decisions) -> Decisions:

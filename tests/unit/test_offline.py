@@ -1,11 +1,15 @@
 """An offline run's parts without its processes: the reference's scores that are kept, steps of epochs, memory of long rows."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from fastreason import offline, offline_data
@@ -178,6 +182,53 @@ def test_an_attention_that_cannot_be_leaves_no_run(tmp_path, monkeypatch):
 
 def refuse(*_):
     raise ConfigError("no such attention")
+
+
+SLOW = """
+import os, time
+
+def tokenize(config, folder):
+    folder.mkdir()
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(90)
+"""
+LAUNCHER = """
+import pathlib, slow
+from fastreason import offline_data
+if __name__ == "__main__":
+    offline_data.tokenize = slow.tokenize
+    offline_data.prepare_offline(None, pathlib.Path("run"), None)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_launcher_that_is_stopped_while_it_tokenizes_leaves_no_worker(tmp_path, number, code):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "start.py").write_text(LAUNCHER)
+    (tmp_path / "run").mkdir()
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, "start.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    pid, worker = tmp_path / "run" / "traces" / "pid", None
+    try:
+        wait_for(lambda: (pid.is_file() and pid.read_text()) or process.poll() is not None)
+        worker = psutil.Process(int(pid.read_text()))
+        process.send_signal(number)
+        assert process.wait(30) == code
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, within_s=10)
+        assert (tmp_path / "run").exists() == (number == signal.SIGKILL)
+    finally:
+        for each in (process, worker):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if each is not None:
+                    each.kill()
+        process.wait()
+
+
+def wait_for(condition, within_s=60.0):
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "still not so"
+        time.sleep(0.05)
 
 
 def test_the_longest_row_is_what_the_model_can_take():
