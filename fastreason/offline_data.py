@@ -85,9 +85,9 @@ def resume_offline(config: Config, run_dir: Path, decisions: Decisions) -> Decis
         if then != now:
             raise ConfigError(
                 f"--resume {run_dir}: {name}.{key}={now!r}, but its traces and their order were made with {then!r}. Leave the "
-                "key out, or start a new run."
+                f"key out, or start a new run; from its trained model on with model.path={run_dir}."
             )
-    with_steps(config, report.kept)
+    with_steps(config, report.kept, f"start a new run with model.path={run_dir}")
     return decide_offline(config, report, decisions)
 
 
@@ -127,14 +127,32 @@ def longest_sequence(config: Config, model_config: dict[str, Any]) -> int | None
     return wanted or positions
 
 
-def with_steps(config: Config, num_rows: int) -> Config:
-    """The config with train.steps: as many as offline.epochs make of so many rows, where it does not say fewer."""
-    if config.offline.epochs is None:
+def with_steps(config: Config, num_rows: int, otherwise: str = "raise offline.epochs") -> Config:
+    """The config with train.steps: as many as offline.epochs make of so many rows, where it does not say fewer.
+
+    otherwise: what to do for more steps than that.
+    """
+    most = most_steps(config, num_rows)
+    if most is None:
         return config
-    most = math.ceil(num_examples(num_rows, config.offline.epochs) / config.train.prompts_per_step)
     if config.train.steps > most:
         raise ConfigError(
             f"train.steps={config.train.steps}: offline.epochs={config.offline.epochs:g} of {num_rows} rows make only {most} "
-            "steps. Leave train.steps out, or raise offline.epochs."
+            f"steps. Leave train.steps out, or {otherwise}."
         )
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": config.train.steps or most})})
+
+
+def most_steps(config: Config, num_rows: int) -> int | None:
+    """Steps that offline.epochs make of so many rows; None where nothing limits them."""
+    if config.offline.epochs is None:
+        return None
+    return math.ceil(num_examples(num_rows, config.offline.epochs) / config.train.prompts_per_step)
+
+
+def how_to_train_on(config: Config, run_dir: Path) -> str:
+    """What a user can do with a run that has made all of its train.steps."""
+    most = most_steps(load_config(run_dir / "config.yaml"), Traces(run_dir / TRACES).report.kept)
+    if most is None or most > config.train.steps:
+        return "Pass train.steps=N with a larger N to train on" + (f", up to {most}." if most else ".")
+    return f"Its offline.epochs={config.offline.epochs:g} are over: to train on, start a new run with model.path={run_dir}."
