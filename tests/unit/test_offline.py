@@ -15,7 +15,7 @@ import pytest
 from fastreason import offline, offline_data
 from fastreason.compose_offline import bring_reference
 from fastreason.config import parse_config
-from fastreason.data.traces import Trace, TraceReport
+from fastreason.data.traces import Trace, TraceOrder, TraceReport
 from fastreason.errors import CheckpointError, ConfigError
 from fastreason.objectives import OBJECTIVES
 from fastreason.offline_data import longest_sequence, prepare_offline, with_steps
@@ -143,6 +143,36 @@ def test_epochs_say_how_many_steps_there_are():
     assert with_steps(config_of({"steps": 99}), 640).train.steps == 99, "without epochs it goes round"
     with pytest.raises(ConfigError, match=r"train\.steps=21: offline\.epochs=1 of 640 rows make only 20"):
         with_steps(config_of({"steps": 21}, epochs=1), 640)
+
+
+def test_the_figures_of_a_step_have_one_name_and_one_meaning():
+    """A conversation's prompt has 2 tokens and its turns 4, of which 3 are trained; changes count from the reference."""
+    objective, written = OBJECTIVES["dpo"], []
+
+    def update(batches, spec, temperature, denominator):
+        outputs = [SimpleNamespace(logp=-batch.ids_N.double()) for batch in batches]
+        return SimpleNamespace(outputs=outputs, loss=0.0, grad_norm=0.0, lr=0.0, applied=True)
+
+    parts = offline.OfflineParts(
+        config=config_of({"steps": 2}, objective="dpo"), objective=objective, updater=SimpleNamespace(update=update),
+        ranks=Ranks(), rows=[Trace("0", [1, 2], [[3, 4, 5, 6], [7, 8, 9, 9]], [True, False, True, True], 1.0)],
+        order=TraceOrder(1, 1, 0), checkpoints=None, layout="padded", pad_token_id=0, stop_requested=lambda: False,
+        reference=np.array([[-20.0, -20.0]]), metrics=SimpleNamespace(write=written.append),
+    )  # fmt: skip
+    parts.config = parts.config.model_copy(
+        update={"checkpoint": parts.config.checkpoint.model_copy(update={"every": 0})}
+    )
+    loop = offline.OfflineLoop(parts)
+    assert loop.run()
+    assert [line["train/tokens"] for line in written] == [12, 12] and loop.totals.tokens_trained == 24
+    assert [line["train/tokens_in_loss"] for line in written] == [6, 6] and "train/tokens_trained" not in written[0]
+    assert {key for key in written[1] if key.startswith("logp/")} == {
+        f"logp/{which}{of}{change}"
+        for which in ("chosen", "rejected")
+        for of in ("", "_sum")
+        for change in ("", "_change")
+    }
+    assert written[1]["logp/chosen_sum_change"] == -14 + 20
 
 
 def finished_traces(num):
