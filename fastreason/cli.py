@@ -231,6 +231,7 @@ def resume_command(options: argparse.Namespace) -> int:
     from fastreason.config import load_config
     from fastreason.launch import launch, write_config
     from fastreason.metrics import read_summary
+    from fastreason.offline_data import how_to_train_on, resume_offline
     from fastreason.preflight import preflight
     from fastreason.replay import REPLAYED
 
@@ -241,16 +242,17 @@ def resume_command(options: argparse.Namespace) -> int:
         raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
     overrides = [*([options.config] if options.config else []), *options.overrides]
     config = load_config(run_dir / "config.yaml", overrides)
-    decisions, unchecked = preflight(config)
+    decisions, unchecked = preflight(config, prepared=True)
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     offline = config.offline.objective is not None
     # An offline run needs nothing but its traces to go on from step 0: one that has not saved yet loses no more than its steps.
     unsaved = offline and not store.complete() and not read_summary(run_dir).get("finished")
     path, state = (None, TrainerState(0, 0, 0, 0.0)) if unsaved else store.latest()
     if state.step >= config.train.steps:
+        advice = how_to_train_on(config, run_dir) if offline else "Pass train.steps=N with a larger N to train on."
         raise ConfigError(
             f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
-            f"{config.train.steps}: it is finished. Pass train.steps=N with a larger N to train on."
+            f"{config.train.steps}: it is finished. {advice}"
         )
     if path and options.only != "train" and not offline and read_producer_state(path) == REPLAYED:
         raise ConfigError(
@@ -261,8 +263,6 @@ def resume_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
     if offline:
-        from fastreason.offline_data import resume_offline
-
         decisions = resume_offline(config, run_dir, decisions)
     write_config(config, run_dir)
     print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")

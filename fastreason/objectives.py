@@ -19,9 +19,14 @@ from fastreason.sections import Section
 # Sections and keys that say something about prompts that are asked and graded: nothing of it happens offline.
 ONLINE_SECTIONS = ("rollout", "reward", "algorithm", "teacher", "critic", "eval")
 ONLINE_KEYS = {
-    "data": ("source", "task", "task_args", "path", "hub_config", "split", "answer_column", "num_prompts", "seed"),
+    "run": ("max_restarts",),
+    "data": (
+        *("source", "task", "task_args", "path", "hub_config", "split", "answer_column", "id_column", "num_prompts"),
+        *("seed", "allow_download"),
+    ),
     "train": ("prompts_per_update", "skip_zero_advantage"),
     "log": ("samples_per_step", "entropy_floor"),
+    "checkpoint": ("keep_best",),
 }
 # Columns and overrides that only some objectives read.
 SINGLE_KEYS = ("response_column", "messages_column")

@@ -37,7 +37,11 @@ class Rows(Protocol):
 
 @dataclass
 class OfflineTotals:
-    """Running totals, carried through checkpoints; `first` are the log-probabilities of step 1, which changes count from."""
+    """Running totals, carried through checkpoints.
+
+    tokens_trained: of prompts and responses, as train/tokens. first: the log-probabilities of step 1, which changes count from
+    where there is no reference.
+    """
 
     tokens_trained: int = 0
     train_wall_s: float = 0.0
@@ -108,7 +112,9 @@ class OfflineLoop:
         ended = time.perf_counter()
         self.step += 1
         figures = example_figures(parts.objective, rows, sums)
-        self.totals.first = self.totals.first or {k: v for k, v in figures.items() if k.startswith("logp/")}
+        self.totals.first = self.totals.first or {
+            key: value for key, value in figures.items() if key.startswith("logp/") and not key.endswith("_change")
+        }
         (computed,) = parts.ranks.sum([float(sum(batch.num_tokens for batch in batches))])
         tokens = float(sum(len(row) for row in rows))
         self.totals.train_wall_s += ended - started
@@ -121,7 +127,7 @@ class OfflineLoop:
             "train/skipped_updates": float(not result.applied),
             "train/epoch": min(self.step * parts.order.batch_size, parts.order.total or 2**62) / len(parts.rows),
             "train/tokens": tokens,
-            "train/tokens_trained": float(sum(row.num_trained for row in rows)),
+            "train/tokens_in_loss": float(sum(row.num_trained for row in rows)),
             "train/tokens_computed": computed,
             "train/tok_per_s": tokens / (ended - started),
             "time/step_s": ended - started,

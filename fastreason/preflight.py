@@ -20,9 +20,10 @@ class Decisions:
     liger: bool
 
 
-def preflight(config: Config) -> tuple[Decisions, list[str]]:
+def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[str]]:
     """Every check that can fail before a model loads; returns the decisions and what stays unchecked offline.
 
+    prepared: the responses of an offline run are tokenized already, and the file that they came from is not looked at.
     Raises ConfigError, DataError or ModelError with the key, the value, what is allowed and what to do.
     """
     from fastreason.cores import require_cores
@@ -30,7 +31,7 @@ def preflight(config: Config) -> tuple[Decisions, list[str]]:
 
     device = choose_device(config.train.device)
     offline = config.offline.objective is not None
-    unchecked = check_offline_run(config) if offline else check_online_run(config, device)
+    unchecked = check_offline_run(config, prepared) if offline else check_online_run(config, device)
     for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
         if cores:
             require_cores(cores, key)
@@ -69,7 +70,7 @@ def check_online_run(config: Config, device: str) -> list[str]:
     return unchecked
 
 
-def check_offline_run(config: Config) -> list[str]:
+def check_offline_run(config: Config, prepared: bool = False) -> list[str]:
     """What a run on written responses needs; returns what stays unchecked."""
     from fastreason.data.traces import check_traces
     from fastreason.models import check_model
@@ -77,7 +78,8 @@ def check_offline_run(config: Config) -> list[str]:
     from fastreason.offline_data import longest_sequence
 
     objective = resolve_objective(config)
-    check_traces(config, objective.pairs)
+    if not prepared:
+        check_traces(config, objective.pairs)
     unchecked = check_model(config.model)
     if Path(config.model.path).is_dir():
         longest_sequence(config, read_model_config(config.model.path))

@@ -61,8 +61,9 @@ class KeptScores:
         path = self._folder / SCORES_FILE
         if not path.is_file():
             return np.empty((0, COLUMNS))
-        num = path.stat().st_size // (8 * COLUMNS)
-        os.truncate(path, num * 8 * COLUMNS)
+        num, torn = divmod(path.stat().st_size, 8 * COLUMNS)
+        if torn:
+            os.truncate(path, num * 8 * COLUMNS)
         return np.fromfile(path, dtype="<f8").reshape(num, COLUMNS)
 
     def _begin(self) -> None:

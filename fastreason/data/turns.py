@@ -93,7 +93,14 @@ class TurnWriter:
         for number in turns:
             before = self._render(messages[:number], add_generation_prompt=True)
             through = self._render(messages[: number + 1])
-            if not (whole.startswith(through) and through.startswith(before) and through.endswith(self.tail)):
+            if not through.startswith(before):
+                asked = before.removeprefix(self._render(messages[:number]))
+                raise DataError(
+                    f"what the chat template writes to ask for a turn ends in {asked[-40:]!r}, and a turn that it writes "
+                    "itself does not begin so: with this model train on single responses (offline.response_column and "
+                    "data.problem_column in place of offline.messages_column)"
+                )
+            if not (whole.startswith(through) and through.endswith(self.tail)):
                 raise DataError(
                     "the chat template writes a turn differently once others follow it, so that turns cannot be told apart; "
                     "split the conversation into rows of one response each"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from fastreason import cli
 from fastreason.checkpoint import CheckpointStore, TrainerState
 from fastreason.config import load_config
+from fastreason.data.traces import TraceReport
 from fastreason.errors import ConfigError, EngineError
 from fastreason.preflight import anchor_paths
 from fastreason.replay import REPLAYED, write_batch
@@ -181,16 +183,16 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(config, capsys):
     assert "no complete checkpoint to resume from" in capsys.readouterr().err
 
 
-def offline_run_dir(folder, **train):
-    (folder / "rows.jsonl").write_text('{"problem": "p", "response": "r"}\n')
-    offline = {"objective": "sft", "path": "rows.jsonl"}
-    raw = {"model": {"path": "model"}, "train": {"steps": 3, "prompts_per_step": 1, **train}, "offline": offline}
+def offline_run_dir(folder, steps=3, **keys):
+    offline = {"objective": "sft", "path": "rows.jsonl", **keys}
+    raw = {"model": {"path": "model"}, "train": {"steps": steps, "prompts_per_step": 1}, "offline": offline}
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(raw))
     return folder / "run"
 
 
 def test_an_offline_run_without_a_checkpoint_goes_on_from_its_traces(config, monkeypatch, capsys):
+    """Those are complete: the file that they were made of may be gone."""
     run, calls = offline_run_dir(config.parent), []
     monkeypatch.setattr("fastreason.offline_data.resume_offline", lambda config, run_dir, decisions: decisions)
     monkeypatch.setattr("fastreason.launch.launch", lambda *_, resume, **__: calls.append(resume) or 0)
@@ -200,6 +202,28 @@ def test_an_offline_run_without_a_checkpoint_goes_on_from_its_traces(config, mon
     (run / "summary.json").write_text('{"finished": true, "steps": 3}')
     assert cli.main(["train", "--resume", "run"]) == 1 and calls == [True]
     assert "no complete checkpoint to resume from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("steps", "overrides", "parts"),
+    [
+        (2, [], ["at step 2 of train.steps=2: it is finished", "train.steps=N", "up to 4"]),
+        (4, [], ["at step 4 of train.steps=4: it is finished", "offline.epochs=4 are over", "model.path=RUN"]),
+        (4, ["offline.epochs=8"], ["it is finished", "model.path=RUN"]),
+        (4, ["train.steps=9"], ["train.steps=9", "make only 4", "model.path=RUN"]),
+        (2, ["train.steps=4", "offline.epochs=8"], ["offline.epochs=8.0, but its traces", "model.path=RUN"]),
+    ],
+)
+def test_a_run_of_epochs_that_is_finished_says_what_can_be_done(config, capsys, monkeypatch, steps, overrides, parts):
+    run = offline_run_dir(config.parent, steps=steps, epochs=4.0)
+    store = CheckpointStore(run, keep_last=1, keep_best=False)
+    store.aside(steps)
+    store.commit(TrainerState(step=steps, version=steps, num_groups=0, score=0.0), b"")
+    monkeypatch.setattr("fastreason.offline_data.Traces", lambda _: SimpleNamespace(report=TraceReport(rows=1, kept=1)))
+    assert cli.main(["train", "--resume", "run", *overrides]) == 2
+    said = capsys.readouterr().err.replace(f"model.path={run}", "model.path=RUN")
+    assert not [part for part in parts if part not in said], said
+    assert "raise offline.epochs" not in said and (steps == 2 or "Pass train.steps" not in said)
 
 
 def write_groups(folder, num, prompts=2, samples=8):

@@ -279,6 +279,10 @@ def test_keys_that_cannot_work_name_key_value_and_what_is_allowed(objective, off
         ("data.path", "x"),
         ("train.prompts_per_update", 3),
         ("teacher.path", "x"),
+        ("data.id_column", "x"),
+        ("data.allow_download", True),
+        ("run.max_restarts", 5),
+        ("checkpoint.keep_best", False),
     ],
 )
 def test_keys_of_online_runs_are_refused(key, value):

@@ -1,26 +1,30 @@
 """An offline run's parts without its processes: the reference's scores that are kept, steps of epochs, memory of long rows."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
-from fastreason import offline
+from fastreason import offline, offline_data
 from fastreason.compose_offline import bring_reference
 from fastreason.config import parse_config
-from fastreason.data.traces import Trace
+from fastreason.data.traces import Trace, TraceOrder, TraceReport
 from fastreason.errors import CheckpointError, ConfigError
 from fastreason.objectives import OBJECTIVES
-from fastreason.offline_data import longest_sequence, with_steps
+from fastreason.offline_data import longest_sequence, prepare_offline, with_steps
+from fastreason.preflight import Decisions
 from fastreason.ranks import Ranks
 from fastreason.reference import KEY_FILE, SCORES_FILE, KeptScores
 
 # One row of 19,800 tokens over a vocabulary of 49,152: its logits alone would be 3.6 GiB in fp32.
 LONG_ROW = """
-import resource
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fastreason.losses.preference import PairSpec
@@ -38,7 +42,9 @@ def step(length, spec):
     for batch in micro_batches_of(rows, "padded", 1, pairs=isinstance(spec, PairSpec)):
         assert batch.mask_B1LL is None
         policy(batch, spec, 1.0).loss_sum.backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not ru_maxrss: that of a child begins at its parent's.
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 specs = [OBJECTIVES["redi"].spec, OBJECTIVES["simpo"].spec]
 before = [step(64, spec) for spec in specs][-1]
@@ -138,6 +144,122 @@ def test_epochs_say_how_many_steps_there_are():
     assert with_steps(config_of({"steps": 99}), 640).train.steps == 99, "without epochs it goes round"
     with pytest.raises(ConfigError, match=r"train\.steps=21: offline\.epochs=1 of 640 rows make only 20"):
         with_steps(config_of({"steps": 21}, epochs=1), 640)
+
+
+def test_the_figures_of_a_step_have_one_name_and_one_meaning():
+    """A conversation's prompt has 2 tokens and its turns 4, of which 3 are trained; changes count from the reference."""
+    objective, written = OBJECTIVES["dpo"], []
+
+    def update(batches, spec, temperature, denominator):
+        outputs = [SimpleNamespace(logp=-batch.ids_N.double()) for batch in batches]
+        return SimpleNamespace(outputs=outputs, loss=0.0, grad_norm=0.0, lr=0.0, applied=True)
+
+    parts = offline.OfflineParts(
+        config=config_of({"steps": 2}, objective="dpo"), objective=objective, updater=SimpleNamespace(update=update),
+        ranks=Ranks(), rows=[Trace("0", [1, 2], [[3, 4, 5, 6], [7, 8, 9, 9]], [True, False, True, True], 1.0)],
+        order=TraceOrder(1, 1, 0), checkpoints=None, layout="padded", pad_token_id=0, stop_requested=lambda: False,
+        reference=np.array([[-20.0, -20.0]]), metrics=SimpleNamespace(write=written.append),
+    )  # fmt: skip
+    parts.config = parts.config.model_copy(
+        update={"checkpoint": parts.config.checkpoint.model_copy(update={"every": 0})}
+    )
+    loop = offline.OfflineLoop(parts)
+    assert loop.run()
+    assert [line["train/tokens"] for line in written] == [12, 12] and loop.totals.tokens_trained == 24
+    assert [line["train/tokens_in_loss"] for line in written] == [6, 6] and "train/tokens_trained" not in written[0]
+    assert {key for key in written[1] if key.startswith("logp/")} == {
+        f"logp/{which}{of}{change}"
+        for which in ("chosen", "rejected")
+        for of in ("", "_sum")
+        for change in ("", "_change")
+    }
+    assert written[1]["logp/chosen_sum_change"] == -14 + 20
+
+
+def finished_traces(num):
+    def tokenize(config, folder):
+        folder.mkdir()
+        return TraceReport(rows=num, kept=num, longest=3, longest_line=3)
+
+    return tokenize
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"steps": 99}, r"train\.steps=99: offline\.epochs=1 of 64 rows make only 2 steps"),
+        ({"warmup_steps": 3}, r"train\.warmup_steps=3 is more than the 2 updates of the run"),
+    ],
+)
+def test_keys_that_the_number_of_rows_contradicts_leave_no_run(tmp_path, monkeypatch, train, message):
+    monkeypatch.setattr(offline_data, "in_own_process", lambda config, folder: finished_traces(64)(config, folder))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(ConfigError, match=message):
+        prepare_offline(config_of(train, epochs=1), run_dir, Decisions(device="cpu", attention="sdpa", liger=False))
+    assert not run_dir.exists()
+
+
+def test_an_attention_that_cannot_be_leaves_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline_data, "in_own_process", lambda config, folder: finished_traces(64)(config, folder))
+    monkeypatch.setattr(offline_data, "decide_attention", refuse)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="no such attention"):
+        prepare_offline(
+            config_of({}, epochs=1), tmp_path / "run", Decisions(device="cpu", attention="sdpa", liger=False)
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(*_):
+    raise ConfigError("no such attention")
+
+
+SLOW = """
+import os, time
+
+def tokenize(config, folder):
+    folder.mkdir()
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(90)
+"""
+LAUNCHER = """
+import pathlib, slow
+from fastreason import offline_data
+if __name__ == "__main__":
+    offline_data.tokenize = slow.tokenize
+    offline_data.prepare_offline(None, pathlib.Path("run"), None)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_launcher_that_is_stopped_while_it_tokenizes_leaves_no_worker(tmp_path, number, code):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "start.py").write_text(LAUNCHER)
+    (tmp_path / "run").mkdir()
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, "start.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    pid, worker = tmp_path / "run" / "traces" / "pid", None
+    try:
+        wait_for(lambda: (pid.is_file() and pid.read_text()) or process.poll() is not None)
+        worker = psutil.Process(int(pid.read_text()))
+        process.send_signal(number)
+        assert process.wait(30) == code
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, within_s=10)
+        assert (tmp_path / "run").exists() == (number == signal.SIGKILL)
+    finally:
+        for each in (process, worker):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if each is not None:
+                    each.kill()
+        process.wait()
+
+
+def wait_for(condition, within_s=60.0):
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "still not so"
+        time.sleep(0.05)
 
 
 def test_the_longest_row_is_what_the_model_can_take():

@@ -108,8 +108,19 @@ def test_every_assistant_turn_of_a_conversation_is_trained_and_nothing_else(toke
 
 def test_a_conversation_that_cannot_be_told_apart_is_refused(tokenizer):
     thought = [("user", "1?"), ("assistant", "hm</think>one"), ("user", "2?"), ("assistant", "hm</think>two")]
+    messages = [{"role": r, "content": c} for r, c in thought]
+    # What DeepSeek-R1's templates cannot do even for one turn: splitting the conversation would not help.
+    for number in (2, 4):
+        with pytest.raises(
+            DataError, match=r"ends in '.*assistant:<think>\\n', and .*offline\.response_column"
+        ) as error:
+            writer(tokenizer, THINK).conversation(messages[:number])
+        assert "split" not in str(error.value)
+    # Qwen3's drops the thoughts of all turns but the last.
+    last = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
     with pytest.raises(DataError, match="writes a turn differently"):
-        writer(tokenizer, THINK).conversation([{"role": r, "content": c} for r, c in thought])
+        writer(tokenizer, last).conversation(messages)
+    assert trained_text(tokenizer, writer(tokenizer, last).conversation(messages[:2])) == ["hm</think>one<|im_end|>"]
     with pytest.raises(DataError, match="needs an assistant turn"):
         writer(tokenizer).conversation([{"role": "user", "content": "1?"}])
 
