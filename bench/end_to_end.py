@@ -5,12 +5,12 @@
 The job is bench/end_to_end.yaml, with `key=value` overrides for both sides. Rows:
 
     trl         GRPOTrainer, default settings but for those of the job and no gradient checkpointing; on a CPU transformers'
-                generate and bf16 autocast over fp32 weights, on a GPU vLLM colocated
+                generate, bf16 autocast over fp32 weights where model.dtype is bfloat16, on a GPU vLLM colocated
     ours        `fastreason train` with the same dense work: every sample with its own prompt, every sample trained
     ours_exact  `fastreason train` as it comes: a prompt shared by a group computed once, samples without gradient left out
 
 Same: model, prompts in the same order, samples, lengths, temperature, reward, advantage, loss (clip 0.2, mean over the
-step's tokens, no KL), one update a step, AdamW with the same rate, betas and clipping; fp32 master weights, bf16 products.
+step's tokens, no KL), one update a step, AdamW with the same rate, betas and clipping; fp32 master weights, model.dtype.
 Different: the random numbers, so the responses; TRL trains on what the current weights sampled, fastreason with
 rollout.max_staleness=1 on groups that lag by one version, its ratio taken against the sampler. Each runs in processes of
 its own on the same cores. Tokens are counted as TRL counts them: prompt and response of every sample, whatever was
@@ -40,6 +40,7 @@ from end_to_end_rows import Part, Step, curve, print_table, rows_of
 from fastreason.config import Config, dump_config, load_config
 from fastreason.cores import available_cores, parse_cores
 from fastreason.metrics import read_metrics, read_summary
+from fastreason.preflight import settle_dtypes
 
 HERE = Path(__file__).resolve().parent
 JOB = HERE / "end_to_end.yaml"
@@ -169,7 +170,7 @@ def load_job(options: argparse.Namespace) -> Config:
         half = len(options.cores) // 2
         overrides += [f"rollout.cores={number_list(options.cores[:half])}"]
         overrides += [f"train.cores={number_list(options.cores[half:])}"]
-    return load_config(JOB, overrides + options.overrides)
+    return settle_dtypes(load_config(JOB, overrides + options.overrides))
 
 
 def number_list(numbers: list[int]) -> str:

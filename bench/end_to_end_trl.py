@@ -51,7 +51,7 @@ def grpo_config(config: Config, micro_batch: int, attention: str, cuda: bool, fo
     return GRPOConfig(
         output_dir=folder,
         use_cpu=not cuda,
-        bf16=True,
+        bf16=config.model.dtype == "bfloat16",
         model_init_kwargs={"attn_implementation": attention},
         gradient_checkpointing=config.model.gradient_checkpointing,
         per_device_train_batch_size=micro_batch,

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from fastreason.config import Config, parse_config
+from fastreason.preflight import choose_dtype, settle_dtypes
 from fastreason.rollout.engine import sample_seed
 from fastreason.types import SamplingParams
 
@@ -78,7 +79,7 @@ def make_config(options: argparse.Namespace) -> Config:
         "rollout": {"max_new_tokens": options.tokens, "cores": str(options.engine_core)},
         "train": {"steps": 1, "prompts_per_step": options.groups},
     }
-    return parse_config(raw)
+    return settle_dtypes(parse_config(raw))
 
 
 def make_requests(config: Config, model_dir: Path, options: argparse.Namespace) -> list[Request]:
@@ -160,10 +161,10 @@ def serve_peer(peer: str, model_dir: str, core: int, connection: Connection) -> 
     import torch
 
     torch.set_num_threads(1)
-    # As server_command in fastreason/rollout/vllm.py gives them.
+    # As server_command in fastreason/rollout/vllm_server.py gives them.
     settings = {
         "model": model_dir,
-        "dtype": "bfloat16",
+        "dtype": choose_dtype("auto", "cpu"),
         "max_model_len": MAX_MODEL_LEN,
         "seed": 0,
         "logprobs_mode": "processed_logprobs",
@@ -172,6 +173,7 @@ def serve_peer(peer: str, model_dir: str, core: int, connection: Connection) -> 
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": 4096,
         "max_num_seqs": 128,
+        "block_size": 32,
         "generation_config": "vllm",
     }
     asyncio.run(_serve_peer(make_call(peer, settings), connection))

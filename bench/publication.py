@@ -27,6 +27,7 @@ from fastreason.config import parse_config
 from fastreason.cores import parse_cores
 from fastreason.exchange import ExchangeFolder, write_weights
 from fastreason.models import resolve_model
+from fastreason.preflight import settle_dtypes
 from fastreason.rollout.connection import Connection
 from fastreason.rollout.server import new_key
 from fastreason.rollout.transfer import FileTransfer, Reports
@@ -47,12 +48,14 @@ class RecordingTransfer(FileTransfer):
         return reports
 
 
-def read_model(model_dir: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors, without a tied head."""
+def read_model(model_dir: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The model's tensors as a trainer publishes them, without a tied head."""
     from safetensors.torch import load_file
 
     tensors = {
-        name: tensor for file in sorted(model_dir.glob("*.safetensors")) for name, tensor in load_file(file).items()
+        name: tensor.to(dtype)
+        for file in sorted(model_dir.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
     }
     tensors.pop("lm_head.weight", None)
     return tensors
@@ -135,16 +138,15 @@ def main() -> int:
     parser.add_argument("--between-s", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = parse_config(
-        {
-            "model": {"path": options.model},
-            "data": {"task": "chain_sum"},
-            "rollout": {"cores": options.cores},
-            "train": {"steps": 1, "prompts_per_step": 1},
-        }
-    )
-    model_dir, tensors = resolve_model(config.model), None
-    tensors = read_model(model_dir)
+    raw = {
+        "model": {"path": options.model},
+        "data": {"task": "chain_sum"},
+        "rollout": {"cores": options.cores},
+        "train": {"steps": 1, "prompts_per_step": 1},
+    }
+    config = settle_dtypes(parse_config(raw))
+    model_dir = resolve_model(config.model)
+    tensors = read_model(model_dir, getattr(torch, config.model.dtype))
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     exchange, key = ExchangeFolder(3 * num_bytes), new_key()
     log_path = Path(tempfile.mkdtemp(prefix="publication-")) / "engine.log"

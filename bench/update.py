@@ -42,15 +42,17 @@ def run_case(options: argparse.Namespace, layout: str, zero: int) -> None:
     import fastreason.update.deepspeed as updating
     from fastreason.models import resolve_model
     from fastreason.policy import load_policy
+    from fastreason.preflight import choose_dtype
 
     cores = options.cores or sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     updating.initialise_distributed("cpu")
     folder = resolve_model(ModelConfig(path=options.model))
-    policy = load_policy(folder, ModelConfig(path=str(folder)), "cpu", options.attention, liger=False)
+    model = ModelConfig(path=str(folder), dtype=choose_dtype(options.dtype, "cpu"))
+    policy = load_policy(folder, model, "cpu", options.attention, liger=False)
     train = TrainConfig(steps=100, prompts_per_step=options.groups, lr=1e-6, zero_stage=zero)
-    updater = updating.DeepSpeedUpdater(policy, train, "bfloat16", 100)
+    updater = updating.DeepSpeedUpdater(policy, train, model.dtype, 100)
     batches = synthetic_batches(options, layout)
     num_tokens = sum(batch.num_tokens for batch in batches)
     seconds = []
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--layout", nargs="+", default=["shared", "padded"], choices=["shared", "padded"])
     parser.add_argument("--zero", nargs="+", type=int, default=[2])
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=36)

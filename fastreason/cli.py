@@ -150,13 +150,13 @@ def main(arguments: list[str] | None = None) -> int:
 def train_command(options: argparse.Namespace) -> int:
     from fastreason.config import load_config
     from fastreason.launch import launch, make_run_dir, write_config
-    from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, start_lines
+    from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, settle_dtypes, start_lines
 
     if options.resume:
         return resume_command(options)
     if not options.config:
         raise ConfigError("train: give a config file, e.g. fastreason train configs/quickstart.yaml (or --resume RUN).")
-    config = anchor_paths(load_config(options.config, options.overrides))
+    config = settle_dtypes(anchor_paths(load_config(options.config, options.overrides)))
     decisions, unchecked = preflight(config)
     groups = written_groups(options, config)
     if options.dry_run:
@@ -220,7 +220,10 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
     from fastreason.preflight import start_lines
 
     print(dump_config(config), end="")
-    notes = [*start_lines(config), f"device: {decisions.device}, attention: {decisions.attention}"]
+    notes = [
+        *start_lines(config),
+        f"device: {decisions.device}, attention: {decisions.attention}, {config.model.dtype}",
+    ]
     notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
     print("\n".join(f"# {line}" for line in notes))
     return 0
@@ -232,7 +235,7 @@ def resume_command(options: argparse.Namespace) -> int:
     from fastreason.launch import launch, write_config
     from fastreason.metrics import read_summary
     from fastreason.offline_data import how_to_train_on, resume_offline
-    from fastreason.preflight import preflight
+    from fastreason.preflight import preflight, settle_dtypes
     from fastreason.replay import REPLAYED
 
     if options.only == "rollout":
@@ -241,7 +244,7 @@ def resume_command(options: argparse.Namespace) -> int:
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
     overrides = [*([options.config] if options.config else []), *options.overrides]
-    config = load_config(run_dir / "config.yaml", overrides)
+    config = settle_dtypes(load_config(run_dir / "config.yaml", overrides))
     decisions, unchecked = preflight(config, prepared=True)
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     offline = config.offline.objective is not None

@@ -26,6 +26,7 @@ from fastreason.machine import (
     check_disk,
     check_memory,
     check_port,
+    check_precision,
     check_shared_memory,
 )
 from fastreason.probes import Finding, Probes
@@ -52,7 +53,8 @@ def run_doctor(config: Config | None = None, probe_timeout_s: float = PROBE_TIME
         torch = running.finding("torch")
         has_gpu = bool(torch.values.get("gpus"))
         on_gpu = has_gpu and not (config is not None and config.train.device == "cpu")
-        checks += [check_memory(config, on_gpu), check_torch(torch, config), check_compiler(has_gpu)]
+        checks += [check_memory(config, on_gpu), check_precision(config, on_gpu)]
+        checks += [check_torch(torch, config), check_compiler(has_gpu)]
         checks += check_flash_attn(has_gpu)
         checks += [check_import(name, running.finding(name), config) for name in _imported()]
         checks += [check_graders(running.finding("graders"))]

@@ -25,6 +25,8 @@ TRAINER_MEMORY = 8
 # The same without gradients, on disk.
 CHECKPOINT_DISK = 7
 
+BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # x86's two, Arm's one
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -127,6 +129,27 @@ def check_cores(config: Config | None) -> Check:
         advice = f"train.ranks x train.threads = {threads} threads on {usable} core(s): lower one of them."
         return Check("cores", "warn", seen, advice)
     return Check("cores", "ok", seen)
+
+
+def has_bf16_products(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for products of bf16 matrices; where Linux does not list them, it counts as without."""
+    try:
+        lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return not BF16_FLAGS.isdisjoint(flags.partition(":")[2].split())
+
+
+def check_precision(config: Config | None, on_gpu: bool, has_products: Callable[[], bool] = has_bf16_products) -> Check:
+    """Whether the config asks a CPU for bf16 that it has no instructions for."""
+    if on_gpu or has_products():
+        return Check("precision", "ok", "bf16 products: model.dtype=auto is bfloat16")
+    seen = "a CPU without bf16 products: model.dtype=auto is float32"
+    asked = [f"{name}.dtype" for name in ("model", "teacher") if config and getattr(config, name).dtype == "bfloat16"]
+    if asked:
+        return Check("precision", "warn", seen, f"{' and '.join(asked)}=bfloat16 is several times slower: use auto.")
+    return Check("precision", "ok", seen)
 
 
 def available_memory() -> int:

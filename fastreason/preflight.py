@@ -4,10 +4,12 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastreason.config import Config, batch_derivation
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
+from fastreason.machine import has_bf16_products
 from fastreason.models import max_model_len, model_folder, read_model_config
 
 
@@ -169,6 +171,26 @@ def choose_device(wanted: str) -> str:
     if wanted == "cuda" and not has_gpu:
         raise ConfigError("train.device=cuda: no NVIDIA GPU is visible on this machine. Use auto or cpu.")
     return wanted if wanted != "auto" else ("cuda" if has_gpu else "cpu")
+
+
+def choose_dtype(wanted: str, device: str) -> str:
+    """auto: bfloat16 on a GPU and on a CPU that multiplies it; float32 on others, where bf16 is several times slower."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if device == "cuda" or has_bf16_products() else "float32"
+
+
+def settle_dtypes(config: Config) -> Config:
+    """The config with a dtype in the place of every `auto`, so that a run is resumed in the one that it began with."""
+    device = choose_device(config.train.device)
+    sections: dict[str, Any] = {"model": config.model}
+    if config.teacher.path is not None and config.teacher.where == "trainer":  # elsewhere its dtype is refused
+        sections["teacher"] = config.teacher
+    settled = {
+        name: section.model_copy(update={"dtype": choose_dtype(section.dtype, device)})
+        for name, section in sections.items()
+    }
+    return config.model_copy(update=settled)
 
 
 def anchor_paths(config: Config) -> Config:

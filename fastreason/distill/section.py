@@ -15,6 +15,7 @@ from pydantic import Field
 from fastreason.config import Config, check_sources, read_raw, validate
 from fastreason.errors import ConfigError
 from fastreason.models import model_folder
+from fastreason.preflight import choose_device, choose_dtype
 from fastreason.sections import (
     DataConfig,
     ModelConfig,
@@ -211,13 +212,15 @@ def named(*names: tuple[str, str]) -> Iterator[None]:
 
 
 def anchored(config: DistillRun) -> DistillRun:
-    """The config with its local paths made absolute, so that it can be gone on with from any folder.
+    """The config with its local paths made absolute and its dtype said, so that it can be gone on with from anywhere.
 
     The folder of a training run, as a model, is that of the model it has trained.
     """
     model, data, distill = config.model, config.data, config.distill
-    if model is not None and Path(model.path).is_dir():
-        model = model.model_copy(update={"path": str(model_folder(model.path).resolve())})
+    if model is not None:
+        model = model.model_copy(update={"dtype": choose_dtype(model.dtype, choose_device("auto"))})
+        if Path(model.path).is_dir():
+            model = model.model_copy(update={"path": str(model_folder(model.path).resolve())})
     if data.path is not None and Path(data.path).exists():
         data = data.model_copy(update={"path": str(Path(data.path).resolve())})
     if distill.student is not None:

@@ -32,6 +32,7 @@ def server_command(
     config: RolloutConfig, model_dir: str, port: int, *, dtype: str, max_model_len: int, seed: int, device: str
 ) -> list[str]:
     """The command line of one server; holds no secret."""
+    assert dtype != "auto", "vLLM's own auto is the dtype of the model's files, not the run's"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = {
         "--model": model_dir,

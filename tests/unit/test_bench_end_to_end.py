@@ -80,7 +80,9 @@ def test_the_rows_of_ours_differ_in_nothing_but_the_exact_savings(bench):
 
 def test_trl_is_given_the_configs_job(bench):
     trl = importlib.import_module("end_to_end_trl") if importlib.util.find_spec("trl") else pytest.skip("no TRL")
-    job = load_config(bench.JOB, ["train.lr=2e-5", "train.steps=3", "rollout.max_new_tokens=20"])
+    job = load_config(
+        bench.JOB, ["train.lr=2e-5", "train.steps=3", "rollout.max_new_tokens=20", "model.dtype=bfloat16"]
+    )
     config = trl.grpo_config(job, 16, "sdpa", False, "unused")
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64
     assert config.steps_per_generation == config.gradient_accumulation_steps
@@ -95,5 +97,7 @@ def test_trl_is_given_the_configs_job(bench):
         False,
         False,
     )
+    plain = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "float32"})})
+    assert trl.grpo_config(plain, 16, "sdpa", False, "unused").bf16 is False
     with pytest.raises(SystemExit, match="24"):
         trl.grpo_config(job, 24, "sdpa", False, "unused")

@@ -14,7 +14,7 @@ from fastreason.checkpoint import CheckpointStore, TrainerState
 from fastreason.config import load_config
 from fastreason.data.traces import TraceReport
 from fastreason.errors import ConfigError, EngineError
-from fastreason.preflight import anchor_paths
+from fastreason.preflight import anchor_paths, settle_dtypes
 from fastreason.replay import REPLAYED, write_batch
 from fastreason.types import Grade, Group, Prompt, Sample
 
@@ -121,7 +121,7 @@ def test_a_dry_run_prints_a_config_that_loads_again(config, capsys, tmp_path):
     text = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(text)
     again = load_config("again.yaml")
-    assert again == anchor_paths(load_config("c.yaml", ["train.lr=1e-5", "rollout.max_staleness=0"]))
+    assert again == settle_dtypes(anchor_paths(load_config("c.yaml", ["train.lr=1e-5", "rollout.max_staleness=0"])))
     assert "# step: 2 prompts x 8 samples = 16 completions" in text and "# device: cpu" in text
 
 

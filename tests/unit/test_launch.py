@@ -36,7 +36,7 @@ def make(tmp_path):
     def make_config(**sections):
         raw = {
             "run": {"dir": str(tmp_path / "runs")},
-            "model": {"path": str(folder)},
+            "model": {"path": str(folder), "dtype": "float32"},
             "data": {"task": "chain_sum", "num_prompts": 20},
             "rollout": {"engine": "fake"},
             "train": {"steps": 1, "prompts_per_step": 2, "device": "cpu"},

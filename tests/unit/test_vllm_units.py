@@ -63,7 +63,12 @@ def test_what_only_a_cpu_or_only_a_gpu_is_told():
 
 def vllm_server(log_path, **rollout):
     config = Config.model_validate(
-        {"model": {"path": "/m"}, "data": {}, "train": {"steps": 1, "prompts_per_step": 1}, "rollout": rollout}
+        {
+            "model": {"path": "/m", "dtype": "float32"},
+            "data": {},
+            "train": {"steps": 1, "prompts_per_step": 1},
+            "rollout": rollout,
+        }
     )
     return make_server(config, "/m", log_path, max_model_len=9, device="cpu", exchange_dir="/dev/shm/e", key=KEY)
 
