@@ -244,7 +244,9 @@ class VllmEngine:
                     raise EngineError(
                         f"version {update.version}: the engine holds other weights than were sent: {reports}"
                     )
-                self._stamps.switch(reports[0]["tokens_before"], update.version, num_resumes)
+                first = reports[0]
+                forgets = first.get("forgets_preempted", False)
+                self._stamps.switch(first["tokens_before"], update.version, num_resumes, forgets)
                 self.version = update.version
             finally:
                 # Also when we were told to stop before the pause was answered: it may have been heard.
