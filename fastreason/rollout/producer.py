@@ -169,7 +169,7 @@ class Producer:
     async def _rejoin(self, request: wire.Rejoin) -> None:
         """Take the place of a producer that died; weights first: the engine may have been left amid an update."""
         await self._engine.adopt(request.update)
-        self._engine.version = request.version
+        self._engine.version = request.update.version if request.update is not None else request.version
         if request.started and not self._books.restart(request.version, request.trained, request.holding):
             raise FastreasonError(
                 "the producer was started again and found nothing of what it had done: its spool is gone"

@@ -29,8 +29,8 @@ class Start(msgspec.Struct, tag=True):
 class Rejoin(msgspec.Struct, tag=True):
     """To a producer that took the place of one that died: where the trainer stands.
 
-    `update` is what the engines are to hold, `holding` the tickets of the batch that the trainer has and has not trained.
-    `started` is False where Start had not been sent yet.
+    `update` is what the engines are to hold, which may be the version that is about to follow; `holding` are the tickets of
+    the batch that the trainer has and has not trained. `started` is False where Start had not been sent yet.
     """
 
     version: int

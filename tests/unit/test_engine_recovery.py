@@ -22,6 +22,7 @@ from fastreason.rollout import fake_server
 from fastreason.rollout.engine import sample_seed
 from fastreason.rollout.fake import FakeEngine
 from fastreason.rollout.server import hold_port
+from fastreason.rollout.transfer import call_workers
 from fastreason.rollout.vllm import VllmEngine
 from fastreason.rollout.vllm_middleware import INSTANCE_VARIABLE, KEY_VARIABLE
 from fastreason.types import SamplingParams, WeightUpdate
@@ -422,6 +423,63 @@ def test_a_server_that_loads_may_be_silent_for_longer(monkeypatch, folder):
 
     with_engine(monkeypatch, body, hang_timeout_s=0.4, on_hung=reports.append)
     assert len(reports) == 1
+
+
+# A transport that keeps one copy of the weights, on the trainer's GPU
+
+
+class OneCopy:
+    """Gives an engine whatever the trainer has written last, by way of a file, and says what that was."""
+
+    def __init__(self, update):
+        self.written = update
+
+    async def prepare(self, connection, update):
+        pass
+
+    async def load(self, connection, update):
+        content = {"path": self.written.path, "checksum": self.written.checksum}
+        return await call_workers(connection, "fastreason_load", **content)
+
+
+def test_a_server_that_comes_back_while_the_next_weights_are_written_waits_for_them(monkeypatch, folder):
+    first, second = publish(folder, 1), publish(folder, 2)
+
+    async def body(site, engine, events):
+        engine._transfer = OneCopy(first)
+        await engine.load_weights(first)
+        task = asyncio.create_task(engine.generate("t1", PROMPT, PARAMS))
+        await asyncio.sleep(2 * TOKEN_S)
+        engine._transfer.written = second
+        await site.down()
+        await site.up()
+        while not [body for body in site.asked("/collective_rpc", 2) if body["method"] == "fastreason_load"]:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        assert not task.done() and not site.asked("/inference/v1/generate", 2), "it went on with weights of no version"
+        report = await engine.load_weights(second)
+        return await task, report, await held(engine)
+
+    completions, report, state = with_engine(monkeypatch, body)
+    assert [completion.token_ids for completion in completions] == expected()
+    longest = max(completions, key=lambda completion: len(completion.token_ids))
+    assert set(longest.token_versions) == {2}
+    assert report.version == 2 and state == [{"checksum": second.checksum}]
+
+
+def test_other_weights_than_were_sent_are_an_error_where_no_next_ones_come(monkeypatch, folder):
+    first, second = publish(folder, 1), publish(folder, 2)
+
+    async def body(site, engine, events):
+        engine._transfer = OneCopy(first)
+        await engine.load_weights(first)
+        engine._transfer.written = second
+        await site.down()
+        await site.up()
+        with pytest.raises(EngineError, match="version 1: the engine holds other weights than were sent"):
+            await engine.generate("t1", PROMPT, PARAMS)
+
+    with_engine(monkeypatch, body, startup_timeout_s=1.0)
 
 
 # A client that takes over
