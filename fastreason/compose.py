@@ -92,6 +92,8 @@ def make_engine(session: Session, config: Config, on_event: Callable[[str, str],
             on_event=on_event,
             name=config.rollout.engine,
         )
+            # The one before this producer has had its answer.
+            takes_over=session.ready_file.exists(),
     from fastreason.rollout.hf import HfEngine
 
     return HfEngine(session.model_dir, config.model.dtype, session.device)

@@ -82,7 +82,8 @@ class VllmEngine:
     """The client of one server's address; stamps every token with the version of the weights that sampled it.
 
     `on_hung` has a server that shows no sign of life for `hang_timeout_s` seconds killed and restarted; `on_event` hears of
-    losses and recoveries (see Lifeline). `name` is the engine's: vllm, or fake where the fake engine's server answers.
+    losses and recoveries; `takes_over` where the server is another client's (see Lifeline). `name` is the engine's: vllm, or
+    fake where the fake engine's server answers.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class VllmEngine:
         hang_timeout_s: float = 60.0,
         on_hung: Callable[[str], None] | None = None,
         on_event: Callable[[str, str], None] | None = None,
+        takes_over: bool = False,
         name: str = "vllm",
     ) -> None:
         self.name, self.version = name, 0
@@ -109,6 +111,7 @@ class VllmEngine:
             hang_timeout_s=hang_timeout_s,
             on_hung=on_hung,
             on_event=on_event,
+            takes_over=takes_over,
         )
 
     @property

@@ -485,6 +485,58 @@ def test_other_weights_than_were_sent_are_an_error_where_no_next_ones_come(monke
 # A client that takes over
 
 
+def test_a_server_that_is_found_hanging_by_a_new_client_is_reported_and_replaced(monkeypatch):
+    """It was stopped, and the client that would have noticed died first."""
+    reports = []
+
+    async def body(site, engine, events):
+        site.deaf.clear()
+        heir = VllmEngine(
+            site.url, KEY, RolloutConfig(), name="fake", hang_timeout_s=0.5, on_hung=reports.append, takes_over=True
+        )
+        starting = asyncio.create_task(heir.start())
+        while not reports:
+            await asyncio.sleep(0.02)
+        assert not starting.done()
+        await site.down()
+        site.deaf.set()
+        await site.up()
+        await starting
+        completions = await heir.generate("t1", PROMPT, PARAMS)
+        await heir.close()
+        return completions
+
+    monkeypatch.setattr("fastreason.rollout.connection.HEALTH_TIMEOUT_S", 0.3)
+    completions = with_engine(monkeypatch, body)
+    assert [completion.token_ids for completion in completions] == expected()
+    assert len(reports) == 1 and "has not answered for run.hang_timeout_s=0.5 s" in reports[0]
+
+
+@pytest.mark.parametrize("takes_over", [False, True])
+def test_a_server_that_is_not_there_yet_or_was_never_there_does_not_hang(monkeypatch, takes_over):
+    """A start takes longer than an answer may: of a model, or of a server that the launcher has just started again."""
+    reports = []
+
+    async def body(site, engine, events):
+        if takes_over:
+            await site.down()
+        else:
+            site.deaf.clear()
+        options = {"hang_timeout_s": 0.3, "on_hung": reports.append, "takes_over": takes_over}
+        heir = VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **options)
+        starting = asyncio.create_task(heir.start())
+        await asyncio.sleep(1.0)
+        site.deaf.set()
+        if takes_over:
+            await site.up()
+        await starting
+        await heir.close()
+
+    monkeypatch.setattr("fastreason.rollout.connection.HEALTH_TIMEOUT_S", 0.2)
+    with_engine(monkeypatch, body)
+    assert reports == []
+
+
 @pytest.mark.parametrize("former", [None, 1, 2])
 @pytest.mark.parametrize("wanted", [None, 2])
 def test_a_new_client_takes_over_whatever_the_last_one_left(monkeypatch, folder, former, wanted):
