@@ -1,4 +1,7 @@
-"""Checkpoints: written aside, synced, renamed; an incomplete one is never seen. Keeps the newest and the best."""
+"""Checkpoints: written aside, synced, renamed; an incomplete one is never seen. Keeps the newest and the best.
+
+One that is removed is renamed first, so that a death amid the removal leaves none with half its files either.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ from fastreason.errors import CheckpointError
 STATE_FILE = "trainer.json"
 PRODUCER_FILE = "producer.msgpack"
 FORMAT = 2
+WRITING, REMOVING = ".writing", ".removing"
 
 
 @dataclass
@@ -33,28 +37,35 @@ class TrainerState:
 
 
 class CheckpointStore:
-    """The folder `checkpoints/` of a run: `step-000012` is complete, `step-000012.writing` is not."""
+    """The folder `checkpoints/` of a run: `step-000012` is complete; what is being written or removed has a suffix."""
 
     def __init__(self, run_dir: Path, keep_last: int, keep_best: bool) -> None:
         self.folder = run_dir / "checkpoints"
         self._keep_last, self._keep_best = keep_last, keep_best
 
+    def sweep(self) -> None:
+        """Remove what a death has left half written or half removed; nobody else may be at work in the folder."""
+        for suffix in (WRITING, REMOVING):
+            for path in self.folder.glob(f"step-*{suffix}"):
+                shutil.rmtree(path)
+
     def aside(self, step: int) -> Path:
         """The folder to write a checkpoint into, empty; `commit` makes it one."""
-        path = self.folder / f"step-{step:06d}.writing"
+        path = self.folder / f"step-{step:06d}{WRITING}"
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         return path
 
     def commit(self, state: TrainerState, producer: bytes) -> Path:
         """Write both states beside the updater's files, sync everything to disk, rename, and remove what is not kept."""
-        aside = self.folder / f"step-{state.step:06d}.writing"
+        aside = self.folder / f"step-{state.step:06d}{WRITING}"
         (aside / PRODUCER_FILE).write_bytes(producer)
         (aside / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
         target = self.folder / f"step-{state.step:06d}"
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _remove(target)
         aside.rename(target)
         _sync(self.folder)
         self._prune()
@@ -62,7 +73,7 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """All complete checkpoints, oldest first."""
-        found = [p for p in self.folder.glob("step-*") if p.suffix != ".writing" and (p / STATE_FILE).is_file()]
+        found = [p for p in self.folder.glob("step-*") if not p.suffix and (p / STATE_FILE).is_file()]
         return sorted(found)
 
     def latest(self) -> tuple[Path, TrainerState]:
@@ -70,8 +81,8 @@ class CheckpointStore:
         found = self.complete()
         if not found:
             raise CheckpointError(
-                f"{self.folder.parent}: no complete checkpoint to resume from. Runs save at the end, on Ctrl-C, and "
-                "every checkpoint.every steps."
+                f"{self.folder.parent}: no complete checkpoint to resume from. Runs save every checkpoint.every steps and "
+                "at the end, unless that is 0 (the default), and when Ctrl-C or SIGTERM stops them."
             )
         return found[-1], read_state(found[-1])
 
@@ -82,7 +93,14 @@ class CheckpointStore:
             keep.add(max(found, key=lambda path: (read_state(path).score, path.name)))
         for path in found:
             if path not in keep:
-                shutil.rmtree(path)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    aside = path.with_name(path.name + REMOVING)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def read_producer_state(folder: Path) -> bytes:

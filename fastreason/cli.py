@@ -149,8 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train_command(options: argparse.Namespace) -> int:
     from fastreason.config import load_config
-    from fastreason.launch import launch, make_run_dir, write_config
+    from fastreason.launch import launch
     from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, settle_dtypes, start_lines
+    from fastreason.run_folder import held, make_run_dir, write_config
 
     if options.resume:
         return resume_command(options)
@@ -166,22 +167,25 @@ def train_command(options: argparse.Namespace) -> int:
     if groups is None and (not unchecked or config.data.source != "hub"):
         check_prompts_offline(config)
     run_dir = make_run_dir(config)
-    write_config(config, run_dir)
-    print("\n".join(start_lines(config)))
-    return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
+    with held(run_dir):
+        write_config(config, run_dir)
+        print("\n".join(start_lines(config)))
+        return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
 
 
 def train_offline(options: argparse.Namespace, config: "Config", decisions: "Decisions") -> int:
     """A new run on written responses."""
     from fastreason.config import batch_derivation
-    from fastreason.launch import launch, make_run_dir, write_config
+    from fastreason.launch import launch
     from fastreason.offline_data import prepare_offline
+    from fastreason.run_folder import held, make_run_dir, write_config
 
     run_dir = make_run_dir(config)
-    config, decisions = prepare_offline(config, run_dir, decisions)
-    write_config(config, run_dir)
-    print("\n".join(batch_derivation(config)))
-    return launch(config, run_dir, decisions, resume=False)
+    with held(run_dir):
+        config, decisions = prepare_offline(config, run_dir, decisions)
+        write_config(config, run_dir)
+        print("\n".join(batch_derivation(config)))
+        return launch(config, run_dir, decisions, resume=False)
 
 
 def written_groups(options: argparse.Namespace, config: "Config", done: int = 0) -> Path | None:
@@ -230,42 +234,35 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
 
 
 def resume_command(options: argparse.Namespace) -> int:
-    from fastreason.checkpoint import CheckpointStore, TrainerState, read_producer_state
-    from fastreason.config import load_config
-    from fastreason.launch import launch, write_config
-    from fastreason.metrics import read_summary
-    from fastreason.offline_data import how_to_train_on, resume_offline
-    from fastreason.preflight import preflight, settle_dtypes
-    from fastreason.replay import REPLAYED
+    from fastreason.run_folder import held
 
     if options.only == "rollout":
         raise ConfigError(f"--resume {options.resume}: --only rollout cannot be resumed. Start a new run.")
     run_dir = Path(options.resume).resolve()
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
+    if options.dry_run:
+        return resume_run(options, run_dir)
+    with held(run_dir):
+        return resume_run(options, run_dir)
+
+
+def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
+    from fastreason.config import load_config
+    from fastreason.launch import launch
+    from fastreason.offline_data import resume_offline
+    from fastreason.preflight import preflight, settle_dtypes
+    from fastreason.resume import starting_point
+    from fastreason.run_folder import write_config
+
     overrides = [*([options.config] if options.config else []), *options.overrides]
     config = settle_dtypes(load_config(run_dir / "config.yaml", overrides))
     decisions, unchecked = preflight(config, prepared=True)
-    store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    offline = config.offline.objective is not None
-    # An offline run needs nothing but its traces to go on from step 0: one that has not saved yet loses no more than its steps.
-    unsaved = offline and not store.complete() and not read_summary(run_dir).get("finished")
-    path, state = (None, TrainerState(0, 0, 0, 0.0)) if unsaved else store.latest()
-    if state.step >= config.train.steps:
-        advice = how_to_train_on(config, run_dir) if offline else "Pass train.steps=N with a larger N to train on."
-        raise ConfigError(
-            f"--resume {options.resume}: its newest checkpoint is at step {state.step} of train.steps="
-            f"{config.train.steps}: it is finished. {advice}"
-        )
-    if path and options.only != "train" and not offline and read_producer_state(path) == REPLAYED:
-        raise ConfigError(
-            f"--resume {options.resume}: it was trained on written groups, and knows of no prompt that was issued. "
-            "Add --only train --groups FOLDER."
-        )
+    path, state = starting_point(config, run_dir, options.only)
     groups = written_groups(options, config, done=state.version)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked)
-    if offline:
+    if config.offline.objective is not None:
         decisions = resume_offline(config, run_dir, decisions)
     write_config(config, run_dir)
     print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")

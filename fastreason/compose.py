@@ -17,6 +17,7 @@ from fastreason.config import Config, load_config, num_updates
 from fastreason.errors import FastreasonError, InterruptedWaitError
 from fastreason.metrics import Progress
 from fastreason.processes import die_with_parent
+from fastreason.run_folder import share
 from fastreason.session import Outcome, Session, StopFlag, read_session, request_restart, write_outcome
 from fastreason.trace import Trace
 
@@ -25,6 +26,7 @@ def run_process(name: str) -> int:
     """Run one process of a session to its end; whatever happens, the launcher finds an outcome."""
     die_with_parent()
     session = read_session()
+    share(Path(session.run_dir))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = load_config(Path(session.run_dir) / "config.yaml")
     bodies: dict[str, Callable[[Session, Config], Outcome]] = {
@@ -90,6 +92,8 @@ def make_engine(session: Session, config: Config, on_event: Callable[[str, str],
             hang_timeout_s=config.run.hang_timeout_s,
             on_hung=partial(request_restart, session.folder, "engine"),
             on_event=on_event,
+            # The one before this producer has had its answer.
+            takes_over=session.ready_file.exists(),
             name=config.rollout.engine,
         )
     from fastreason.rollout.hf import HfEngine
@@ -242,7 +246,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     ranks = Ranks(device)
     dtype = getattr(torch, config.model.dtype)
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    resume_from = store.latest() if session.resume else None
+    resume_from = store.latest() if session.resume and store.complete() else None
     parts = Parts(
         config=config,
         algorithm=algorithm,
@@ -260,7 +264,8 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         silent=silent,
     )
     if ranks.is_first:
-        resume_step = resume_from[1].step if resume_from else None
+        # A run that was ended before its first checkpoint goes on from step 0.
+        resume_step = resume_from[1].step if resume_from else 0 if session.resume else None
         parts.metrics = MetricsLog(run_dir, config.log, resume_step)
         parts.samples = SampleLog(run_dir, config.log, resume_step)
         parts.progress = Progress(run_dir, config.train.steps)

@@ -1,4 +1,4 @@
-"""The launcher: makes a run's folders, says which processes it has, and ends them all, come what may.
+"""The launcher: makes a session's folders, says which processes it has, and ends them all, come what may.
 
 How they are watched, started again and their ends explained is in `supervise.py`.
 """
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psutil
 
-from fastreason.config import Config, dump_config
+from fastreason.config import Config
 from fastreason.cores import parse_cores
-from fastreason.errors import ConfigError, FastreasonError
+from fastreason.errors import FastreasonError
 from fastreason.metrics import read_summary, write_summary
 from fastreason.models import edited_model, max_model_len, read_model_config, resolve_model
 from fastreason.preflight import Decisions
@@ -42,25 +42,6 @@ KEPT_MEMORY = {
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 PRODUCER_LOST = ("the producer closed its connection", "the producer ended while")
-
-
-def make_run_dir(config: Config) -> Path:
-    """A new folder for the run, never one that exists: with `run.on_exists: number`, name-2, name-3, ..."""
-    parent = Path(config.run.dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 10_000):
-        path = parent / (config.run.name if number == 1 else f"{config.run.name}-{number}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            if config.run.on_exists == "number":
-                continue
-            raise ConfigError(
-                f"run.name={config.run.name!r}: {path} exists already, and a run never shares a folder. Choose another "
-                f"run.name, set run.on_exists=number, or go on with it: fastreason train --resume {path}"
-            ) from None
-        return path.resolve()
-    raise ConfigError(f"run.name={config.run.name!r}: ten thousand runs of that name exist under {parent}.")
 
 
 class MemoryWatch(threading.Thread):
@@ -97,7 +78,10 @@ def launch(
     `only` runs one phase alone: "rollout" writes groups, "train" trains on those written in `groups_dir`. However it ends,
     no process, socket, exchange file or temporary folder of the run is left behind.
     """
+    from fastreason.checkpoint import CheckpointStore
+
     started = time.perf_counter()
+    CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best).sweep()
     request = StopRequest()
     former = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     memory = MemoryWatch()
@@ -112,7 +96,7 @@ def launch(
             finally:
                 supervisor.stop()
     except FastreasonError as error:
-        error.args = (f"{error}{_resume_hint(config, run_dir)}",)
+        error.args = (f"{error}{_resume_hint(config, run_dir, only)}",)
         raise
     finally:
         memory.stop()
@@ -130,8 +114,12 @@ def launch(
     if outcome.finished:
         print("all steps were done when it was asked to stop; a last evaluation may be missing", file=sys.stderr)
         return request.exit_code
-    hint = _resume_hint(config, run_dir).strip() or "nothing had been trained yet"
-    print(f"stopped after step {outcome.step} of {config.train.steps}; {hint}", file=sys.stderr)
+    said = [f"stopped after step {outcome.step} of {config.train.steps}"]
+    if request.urgent:
+        said = ["stopped at once"]
+    elif not outcome.step:
+        said.append("nothing had been trained yet")
+    print("; ".join([*said, *filter(None, [_resume_hint(config, run_dir, only).strip()])]), file=sys.stderr)
     return request.exit_code
 
 
@@ -279,17 +267,18 @@ def sweep_segments(parent: Path) -> None:
                 remove_segments(map(Path, listed.read_text().splitlines()))
 
 
-def _resume_hint(config: Config, run_dir: Path) -> str:
+def _resume_hint(config: Config, run_dir: Path, only: str | None) -> str:
     """How to go on, as a line of its own; nothing where a run cannot."""
     from fastreason.checkpoint import CheckpointStore
 
     found = CheckpointStore(run_dir, keep_last=1, keep_best=False).complete()
     if found:
         return f"\ncontinue from {found[-1].name} with: fastreason train --resume {run_dir}"
-    # Its traces are there, and the scores of pairs that have been computed.
-    return (
-        f"\nbegin again, with what is prepared: fastreason train --resume {run_dir}" if config.offline.objective else ""
-    )
+    if only == "rollout":
+        return ""
+    # An offline run has its traces, and the scores of pairs that have been computed.
+    prepared = ", with what is prepared" if config.offline.objective else ""
+    return f"\nno checkpoint; begin again{prepared}: fastreason train --resume {run_dir}"
 
 
 def _finish(config: Config, run_dir: Path, figures: dict[str, Any]) -> None:
@@ -316,10 +305,6 @@ def _finish(config: Config, run_dir: Path, figures: dict[str, Any]) -> None:
         files["trained model"] = run_dir / "model"
     evals = {name: msgspec.convert(value, EvalResult) for name, value in summary["evals"].items()}
     final_table(evals.get("before"), evals.get("after"), files)
-
-
-def write_config(config: Config, run_dir: Path) -> None:
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
 def _python(*arguments: str) -> list[str]:

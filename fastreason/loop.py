@@ -131,6 +131,8 @@ class Loop:
             if not self._one_step():
                 self._save()
                 return False
+        if parts.config.eval.num_prompts and "after" not in self.totals.evals and not parts.stop_requested():
+            self._evaluate("after")  # an earlier start was stopped or killed amid it
         if self.saved_step < self.step and parts.config.checkpoint.every:
             self._save()
         return True
@@ -149,6 +151,8 @@ class Loop:
             self.saved_step, self.score = saved.step, saved.score
             state = read_producer_state(folder) if parts.rollouts is not None else None
             self.totals = Totals(**saved.figures)
+            if self.step < parts.config.train.steps:
+                self.totals.evals.pop("after", None)  # of a run that was to be shorter
             if self.version:
                 self._publish(self.version)
         elif parts.config.eval.num_prompts:

@@ -5,6 +5,7 @@ never exist whole. Everything that an update computes happens inside `forward`, 
 where they are used.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from fastreason_kernels import PolicyLossOutput, PolicyLossSpec, linear_logprob, linear_policy_loss
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastreason.config import ModelConfig
 from fastreason.errors import ConfigError, ModelError
 from fastreason.losses.preference import PairSpec, pair_loss
 from fastreason.packing import Layout, MicroBatch
+
+log = logging.getLogger(__name__)
 
 LossSpec = PolicyLossSpec | PairSpec
 
@@ -218,8 +222,24 @@ def apply_liger(model: Any) -> bool:
     return True
 
 
+def without_dropout(config: Any) -> list[str]:
+    """Set every dropout of a model's config, and of those in it, to 0; returns those that were not, as key=value.
+
+    With any, the ratio of an update against the log-probabilities from before it would not be 1 where nothing has changed,
+    and a run would not go on from a checkpoint as it would have without.
+    """
+    found = []
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found += without_dropout(value)
+        elif "drop" in key and isinstance(value, int | float) and not isinstance(value, bool) and value:
+            setattr(config, key, 0.0)
+            found.append(f"{key}={value:g}")
+    return found
+
+
 def load_policy(folder: Path, config: ModelConfig, device: str, attention: str, liger: bool) -> Policy:
-    """Load a causal LM from a local folder as a Policy in training mode on `device`.
+    """Load a causal LM from a local folder as a Policy in training mode on `device`, without its dropout.
 
     Raises ModelError where the folder cannot be loaded or the head computes something that the fused head does not.
     """
@@ -230,6 +250,7 @@ def load_policy(folder: Path, config: ModelConfig, device: str, attention: str, 
         for key in UNSUPPORTED_HEAD_KEYS:
             if getattr(model_config, key, None) not in (None, 1, 1.0):
                 raise ModelError(f"model.path: {folder} has {key} in its config: such heads are not supported yet.")
+        dropped = without_dropout(model_config)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=model_config,
@@ -241,6 +262,12 @@ def load_policy(folder: Path, config: ModelConfig, device: str, attention: str, 
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"model.path: {folder} cannot be loaded by transformers: {error}") from error
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.p:
+            dropped.append(f"{name}={module.p:g}")
+            module.p = 0.0
+    if dropped:
+        log.info("%s is trained without its dropout: %s", folder, ", ".join(dropped))
     if liger:
         apply_liger(model)
     if config.gradient_checkpointing:

@@ -6,6 +6,7 @@
 
 import base64
 import json
+import logging
 import pickle
 import shutil
 import threading
@@ -13,15 +14,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import torch
 from torch import Tensor
 
+from fastreason.errors import EngineError
 from fastreason.exchange import Digest, SumDigest, write_weights
-from fastreason.transport import Manifest, TransferRequest
+from fastreason.transport import Manifest, TransferRequest, write_failure
 from fastreason.types import WeightUpdate
+
+log = logging.getLogger(__name__)
 
 KEPT_FILES = 2  # the one that an engine may be reading, and the newest
 LOOK_S = 0.05  # between two looks for a request of an engine's client
@@ -57,8 +61,8 @@ class Publisher:
 class StagedPublisher(ABC):
     """Keeps one copy of the weights on the trainer's GPU, from which engines take them as often as they are restarted.
 
-    A subclass says in `_offer` what vLLM needs to take it. An engine must not take weights while the next version is being
-    written; one that is restarted in that very moment finds a wrong checksum, which ends the run.
+    A subclass says in `_offer` what vLLM needs to take it. An engine that is restarted while the next version is being
+    written over the last finds a wrong checksum, and its client waits for that next one.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -108,7 +112,8 @@ class HandlePublisher(StagedPublisher):
 class BroadcastPublisher(StagedPublisher):
     """NCCL: a thread joins the groups that engines' clients ask for, and sends the staged copy whenever they ask.
 
-    They ask by files in the exchange folder. `open_group(port, world_size)` is vLLM's trainer side of the rendezvous.
+    They ask by files in the exchange folder, and find there what made the thread end. `open_group(port, world_size)` is
+    vLLM's trainer side of the rendezvous.
     """
 
     def __init__(
@@ -116,12 +121,27 @@ class BroadcastPublisher(StagedPublisher):
     ) -> None:
         super().__init__(folder, dtype, device)
         self._open_group, self._group = open_group, None
+        self._failure: str | None = None
+
+    def write(self, source: WeightSource, version: int) -> WeightUpdate | None:
+        """As every publisher's; raises EngineError where nobody could send what was written."""
+        if self._failure is not None:
+            raise EngineError(f"rollout.transport=nccl: the trainer cannot send weights any more: {self._failure}")
+        return super().write(source, version)
 
     def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]:
         threading.Thread(target=self._serve, name="weight broadcast", daemon=True).start()
         return {}
 
     def _serve(self) -> None:
+        try:
+            self._answer_all()
+        except Exception as error:
+            log.exception("the broadcast of weights failed")
+            self._failure = f"{type(error).__name__}: {error}"
+            write_failure(self._folder, self._failure)
+
+    def _answer_all(self) -> NoReturn:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         while True:

@@ -49,6 +49,24 @@ class TransferRequest(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int = 0
 
 
+FAILURE_FILE = "transfer-failed"
+
+
+def write_failure(folder: Path, reason: str) -> None:
+    """Say to the engines' clients why the trainer sends no more weights (nccl)."""
+    aside = folder / f"{FAILURE_FILE}.writing"
+    aside.write_text(reason, encoding="utf-8")
+    os.replace(aside, folder / FAILURE_FILE)
+
+
+def read_failure(folder: Path) -> str | None:
+    """What `write_failure` said, or None."""
+    try:
+        return (folder / FAILURE_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
 def exchange_parents(config: RolloutConfig) -> tuple[Path, ...]:
     """The folders under which a run may make its own for exchange files, the best first."""
     temporary = Path(tempfile.gettempdir())

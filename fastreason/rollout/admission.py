@@ -76,9 +76,15 @@ class Admission:
     def issued_at(self, ticket: int) -> int:
         return self._running[ticket]
 
-    def restore(self, group: Group) -> bool:
-        """Take back a group that an earlier process finished; False where it is too old for this bound or does not fit."""
-        if self.version - group.oldest_version > self._max_staleness or not self.may_issue():
+    def restore(self, group: Group, num_before: int) -> bool:
+        """Take back a group that an earlier process finished, with `num_before` others of lower tickets still to be trained.
+
+        False where it does not fit, or will be too old by its turn, which comes later where the bound is tighter or batches
+        are smaller than before. Groups are trained in the order of their tickets once all are finished; were one kept that
+        is too old by then, no batch could leave it behind and none could hold it.
+        """
+        turn = (self.num_taken - self.offset + num_before) // self._batch_size  # the version of its batch
+        if turn - group.version_issued > self._max_staleness or not self.may_issue():
             return False
         self._finished[group.ticket] = group
         return True

@@ -119,8 +119,9 @@ class Books:
     def _take_back(self, finished: list[Group], unfinished: list[Issued], reason: str) -> None:
         assert self.admission is not None and self._ledger is not None
         again = list(unfinished)
+        tickets = sorted([*(issued.ticket for issued in unfinished), *(group.ticket for group in finished)])
         for group in finished:
-            if not self.admission.restore(group):
+            if not self.admission.restore(group, tickets.index(group.ticket)):
                 again.append(Issued(group.ticket, group.prompt))
         self._again = deque(sorted(again, key=lambda issued: issued.ticket))
         self._ledger.write_all(

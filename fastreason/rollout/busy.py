@@ -24,6 +24,10 @@ class BusyClock:
         if self._inside == 0:
             self._busy_s += time.perf_counter() - self._since
 
+    @property
+    def num_inside(self) -> int:
+        return self._inside
+
     def take(self) -> float:
         now = time.perf_counter()
         if self._inside:

@@ -53,10 +53,11 @@ class ProducerClient:
 
     def publish(self, update: WeightUpdate, trained: int) -> LoadReport:
         """Load `update` into the engines; the weights contain `trained` groups, the batch received last among them."""
-        self._standing.trained, self._standing.holding = trained, []
+        # Where the producer dies before it answers, its heir takes these weights over: there may be no older ones any more.
+        self._standing.trained, self._standing.holding, self._standing.update = trained, [], update
         waiting_for = f"loading version {update.version} into the engine"
         report = self._ask(wire.Publish(update), wire.Published, waiting_for).report
-        self._standing.version, self._standing.update = update.version, update
+        self._standing.version = update.version
         return report
 
     def collected(self) -> None:

@@ -16,6 +16,7 @@ from fastreason.rollout.vllm_middleware import INSTANCE_HEADER, RESUMES_HEADER
 
 LOOK_S = 1.0  # between two looks of a waiting request
 HEALTH_TIMEOUT_S = 2.0
+NO_ANSWER = (0, "")  # of a server that takes connections
 SERVER_NAMES = {"vllm": "vLLM server", "fake": "fake engine"}
 
 
@@ -62,12 +63,14 @@ class Connection:
         await self._session.close()
 
     async def look(self) -> tuple[int, str] | None:
-        """The status of /health and the instance that answered, or None when nobody does."""
+        """The status of /health and the instance that answered; NO_ANSWER where that takes too long, None where nobody is."""
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
             async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
                 return response.status, response.headers.get(INSTANCE_HEADER, "")
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except TimeoutError:
+            return NO_ANSWER
+        except (aiohttp.ClientError, OSError):
             return None
 
     async def ask(self, path: str, body: dict[str, Any] | None = None, limit_s: float | None = None) -> Answer:

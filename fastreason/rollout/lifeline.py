@@ -5,13 +5,14 @@ on the engine goes through `call`, which does it again when the server is lost i
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from fastreason.errors import EngineError
 from fastreason.patience import Patience
-from fastreason.rollout.connection import Connection, NoAnswerError, ServerLostError
+from fastreason.rollout.connection import NO_ANSWER, Connection, NoAnswerError, ServerLostError
 
 T = TypeVar("T")
 BEAT = ("/collective_rpc", {"method": "fastreason_beat"})
@@ -20,12 +21,42 @@ POLL_S = 0.1
 MOST_TRIES = 10  # a server is restarted fewer times than that without a step between
 
 
+class Doubt:
+    """Finds out, and says once, that a server which is waited for hangs; until nobody is at its address any more.
+
+    silence_counts: one that takes connections and does not answer hangs. is_known: that it hangs has been said before.
+    """
+
+    def __init__(self, hang_timeout_s: float, silence_counts: bool, is_known: bool) -> None:
+        self._silent = Patience(hang_timeout_s if silence_counts else math.inf)
+        self._sick = Patience(min(LONGEST_BEAT_S, hang_timeout_s))
+        self._is_known = is_known
+
+    def look(self, seen: tuple[int, str] | None) -> str | None:
+        """Why it hangs, from what `Connection.look` has seen, to be called as often."""
+        self._silent.look()
+        self._sick.look()
+        if seen != NO_ANSWER:
+            self._silent.renew()
+        if seen is None or seen == NO_ANSWER or seen[0] == 200:
+            self._sick.renew()
+        self._is_known = self._is_known and seen is not None
+        if self._is_known or not (self._silent.exhausted or self._sick.exhausted):
+            return None
+        self._is_known = True
+        if seen is None or seen == NO_ANSWER:
+            return f"takes connections, and has not answered for run.hang_timeout_s={self._silent.limit_s:g} s"
+        # Its engine died under it. It should have ended itself by now, and waits for something.
+        return f"answers /health with {seen[0]}, and does not end"
+
+
 class Lifeline:
     """The current connection to one address.
 
     `connect` makes a connection, `revive(connection)` gives a new server what the last one had (weights). `on_hung(reason)`
     has the server killed and restarted: called when no heartbeat came back for `hang_timeout_s` seconds; without it a hung
     server is an EngineError. `on_event(name, text)` hears of "engine_lost" (why) and "engine_back" (after how long).
+    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs.
     """
 
     def __init__(
@@ -37,10 +68,12 @@ class Lifeline:
         hang_timeout_s: float,
         on_hung: Callable[[str], None] | None,
         on_event: Callable[[str, str], None] | None,
+        takes_over: bool = False,
     ) -> None:
         self._connect, self._revive = connect, revive
         self._startup_timeout_s, self._hang_timeout_s = startup_timeout_s, hang_timeout_s
         self._on_hung, self._on_event = on_hung, on_event or (lambda name, text: None)
+        self._begun = takes_over
         self._connection: Connection | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -49,6 +82,7 @@ class Lifeline:
     async def start(self) -> None:
         """Return when the server answers; raises EngineError when it does not in time, or refuses the key."""
         self._connection = await self._reach(Patience(self._startup_timeout_s), other_than=None)
+        self._begun = True
         self._listen(self._connection)
 
     async def call(self, work: Callable[[Connection], Awaitable[T]], what: str) -> T:
@@ -122,7 +156,7 @@ class Lifeline:
     async def _reach(self, patience: Patience, other_than: str | None) -> Connection:
         """A connection to the server once it is healthy, and is not the start `other_than`, which hangs."""
         connection = self._connect()
-        sick, reported = Patience(min(LONGEST_BEAT_S, self._hang_timeout_s)), False
+        doubt = Doubt(self._hang_timeout_s, silence_counts=self._begun, is_known=other_than is not None)
         try:
             while True:
                 seen = await connection.look()
@@ -131,13 +165,9 @@ class Lifeline:
                 if seen is not None and seen[0] == 200 and (other_than is None or seen[1] != other_than):
                     connection.instance = seen[1]
                     return connection
-                sick.look()
-                if seen is None or seen[0] == 200:
-                    sick.renew()
-                elif sick.exhausted and self._on_hung is not None and not reported:
-                    # Its engine died under it. It should have ended itself by now, and waits for something.
-                    self._on_hung(f"the {connection.server} answers /health with {seen[0]}, and does not end")
-                    reported = True
+                reason = doubt.look(seen)
+                if reason is not None and self._on_hung is not None:
+                    self._on_hung(f"the {connection.server} {reason}")
                 patience.look()
                 if patience.exhausted:
                     raise EngineError(

@@ -26,6 +26,7 @@ from fastreason.types import Group, Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
+SAY_S = 5.0  # between two words to a trainer that waits
 # Counted since the start of the run, over resumes and restarts.
 CUMULATIVE = (
     "reward/timeouts",
@@ -70,6 +71,7 @@ class Producer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampling = Sampling(engine, grader, tokenizer, self._trace, greedy, teacher)
         self._failure: str | None = None
+        self._lost: str | None = None  # why the engine is away, while it is
         self._num_timeouts = 0
 
     async def serve(self, socket_path: str) -> None:
@@ -132,44 +134,64 @@ class Producer:
 
     async def _answer(self, request: wire.Request, writer: asyncio.StreamWriter) -> None:
         answer: wire.Answer
+        saying = asyncio.create_task(self._say_what_is_awaited(writer))
         try:
-            match request:
-                case wire.Start():
-                    self._engine.version = request.version
-                    self._books.start(request.version, request.trained, request.state)
-                    self._fill()
-                    answer = wire.Done()
-                case wire.Rejoin():
-                    await self._rejoin(request)
-                    answer = wire.Done()
-                case wire.NextBatch():
-                    answer = await self._next_batch()
-                case wire.Publish():
-                    answer = await self._publish(request)
-                case wire.Collected():
-                    self._books.collected()
-                    self._fill()
-                    answer = wire.Done()
-                case wire.Evaluate():
-                    answer = wire.Evaluated(await self._evaluate(request.name))
-                case wire.SaveState():
-                    answer = wire.State(await self._save(request))
-                case _:
-                    raise AssertionError(f"unexpected request {request}")
+            answer = await self._answer_to(request)
         except FastreasonError as error:
             log.error("%s failed: %s", type(request).__name__, error)
             answer = wire.Failure(str(error))
         except Exception as error:
             log.exception("%s failed", type(request).__name__)
             answer = wire.Failure(f"the producer failed at {type(request).__name__}: {type(error).__name__}: {error}")
+        finally:
+            saying.cancel()
         with contextlib.suppress(ConnectionError):
             writer.write(wire.encode(answer))
             await writer.drain()
 
+    async def _answer_to(self, request: wire.Request) -> wire.Answer:
+        match request:
+            case wire.Start():
+                self._engine.version = request.version
+                self._books.start(request.version, request.trained, request.state)
+                self._fill()
+            case wire.Rejoin():
+                await self._rejoin(request)
+            case wire.NextBatch():
+                return await self._next_batch()
+            case wire.Publish():
+                return await self._publish(request)
+            case wire.Collected():
+                self._books.collected()
+                self._fill()
+            case wire.Evaluate():
+                return wire.Evaluated(await self._evaluate(request.name))
+            case wire.SaveState():
+                return wire.State(await self._save(request))
+            case _:
+                raise AssertionError(f"unexpected request {request}")
+        return wire.Done()
+
+    async def _say_what_is_awaited(self, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await asyncio.sleep(SAY_S)
+            with contextlib.suppress(ConnectionError):
+                writer.write(wire.encode(wire.Waiting(self._awaited())))
+
+    def _awaited(self) -> str:
+        """Who is at work on what the trainer asked for, so that a wait that is too long can name them."""
+        generating, grading = self._sampling.generating.num_inside, self._sampling.grading.num_inside
+        parts = [f"the {self._engine.name} engine, which is lost ({self._lost})"] if self._lost else []
+        if generating:
+            parts.append(f"the {self._engine.name} engine's responses to {generating} prompt(s)")
+        if grading:
+            parts.append(f"the graders, or a teacher, with the responses to {grading} prompt(s)")
+        return " and ".join(parts) or "nobody"
+
     async def _rejoin(self, request: wire.Rejoin) -> None:
         """Take the place of a producer that died; weights first: the engine may have been left amid an update."""
         await self._engine.adopt(request.update)
-        self._engine.version = request.version
+        self._engine.version = request.update.version if request.update is not None else request.version
         if request.started and not self._books.restart(request.version, request.trained, request.holding):
             raise FastreasonError(
                 "the producer was started again and found nothing of what it had done: its spool is gone"
@@ -261,6 +283,7 @@ class Producer:
         """An event of the engine, for the ledger and the timeline."""
         self._books.note(event, detail=detail)
         self._trace.instant("engine", event, detail=detail)
+        self._lost = detail if event == "engine_lost" else None
         if event == "engine_lost":
             self._books.count("rollout/engine_restarts")
 

@@ -25,18 +25,22 @@ class Stamps:
         """A request is about to be sent to an engine that samples with `version`."""
         self._marks[request_id] = [Mark(version, 0)]
 
-    def switch(self, tokens_before: dict[str, int] | None, version: int, num_resumes: int) -> None:
+    def switch(
+        self, tokens_before: dict[str, int] | None, version: int, num_resumes: int, forgets_preempted: bool = False
+    ) -> None:
         """A paused engine, resumed `num_resumes` times so far, has taken new weights.
 
         `tokens_before` has the number of tokens sampled so far of each request that the engine has begun, by its name of
         it. Where the engine cannot tell (None) the requests in flight keep the older stamp, which can only overstate their
-        staleness.
+        staleness, and never beyond that of the request's issue. So do those that are absent where it `forgets_preempted`:
+        they may have sampled tokens.
         """
         if tokens_before is None:
             return
         counts = {our_name(theirs): count for theirs, count in tokens_before.items()}
         for request_id, marks in self._marks.items():
-            marks.append(Mark(version, counts.get(request_id), num_resumes))
+            if request_id in counts or not forgets_preempted:
+                marks.append(Mark(version, counts.get(request_id), num_resumes))
 
     def end(self, request_id: str) -> list[Mark]:
         """Forget a request; returns its marks."""

@@ -13,13 +13,15 @@ from typing import Any, Protocol
 
 import msgspec
 
+from fastreason.errors import EngineError
 from fastreason.rollout.connection import Connection
 from fastreason.rollout.server import LOOPBACK
-from fastreason.transport import TransferRequest, read_manifest
+from fastreason.transport import TransferRequest, read_failure, read_manifest
 from fastreason.types import WeightUpdate
 
 READ_AHEAD_BYTES = 1 << 30  # from here on reading takes longer than the decoding step for which asking for it waits
 READ_SPEED = 2e9  # bytes/s, from shared memory
+LOOK_S = 0.1  # between two looks whether the trainer has failed
 
 Reports = list[dict[str, Any]]
 
@@ -63,7 +65,7 @@ class HandleTransfer:
             self._joined = connection
 
     async def _join(self, connection: Connection, update: WeightUpdate) -> None:
-        await connection.ask("/init_weight_transfer_engine", {"init_info": {"packed": False}})
+        await self._ask(connection, update, "/init_weight_transfer_engine", {"init_info": {"packed": False}})
 
     async def load(self, connection: Connection, update: WeightUpdate) -> Reports:
         manifest = read_manifest(update.path)
@@ -71,12 +73,16 @@ class HandleTransfer:
         await call_workers(connection, "fastreason_watch")
         await connection.ask("/start_weight_update")
         await self._begin(update)
-        await connection.ask("/update_weights", {"update_info": {**described, **manifest.offer}})
+        await self._ask(connection, update, "/update_weights", {"update_info": {**described, **manifest.offer}})
         await connection.ask("/finish_weight_update")
         return await call_workers(connection, "fastreason_watched")
 
     async def _begin(self, update: WeightUpdate) -> None:
         """Have the trainer do its part."""
+
+    async def _ask(self, connection: Connection, update: WeightUpdate, path: str, body: dict[str, Any]) -> None:
+        """Ask the engine for something that the trainer has a part in."""
+        await connection.ask(path, body)
 
 
 class BroadcastTransfer(HandleTransfer):
@@ -96,10 +102,22 @@ class BroadcastTransfer(HandleTransfer):
             "world_size": self._world_size,
             "packed": False,
         }
-        await connection.ask("/init_weight_transfer_engine", {"init_info": init_info})
+        await self._ask(connection, update, "/init_weight_transfer_engine", {"init_info": init_info})
 
     async def _begin(self, update: WeightUpdate) -> None:
         self._request(update, TransferRequest(what="send"))
+
+    async def _ask(self, connection: Connection, update: WeightUpdate, path: str, body: dict[str, Any]) -> None:
+        """Raises EngineError as soon as the trainer says that it failed: the engine would wait for it in vain."""
+        asked = asyncio.ensure_future(connection.ask(path, body))
+        try:
+            while not asked.done():
+                if (reason := read_failure(Path(update.path).parent)) is not None:
+                    raise EngineError(f"rollout.transport=nccl: the trainer could not send its weights: {reason}")
+                await asyncio.wait({asked}, timeout=LOOK_S)
+            await asked
+        finally:
+            asked.cancel()
 
     def _request(self, update: WeightUpdate, request: TransferRequest) -> None:
         """Leave a request for the trainer beside the update; whole at once."""

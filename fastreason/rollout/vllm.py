@@ -17,6 +17,7 @@ import msgspec
 
 from fastreason.config import Config, RolloutConfig
 from fastreason.errors import EngineError
+from fastreason.patience import Patience
 from fastreason.rollout import vllm_server
 from fastreason.rollout.connection import Connection, ServerLostError
 from fastreason.rollout.engine import sample_seed
@@ -31,6 +32,7 @@ GENERATE = "/inference/v1/generate"
 PAUSE = {"in_flight": "/pause?mode=keep&clear_cache=false", "boundary": "/pause?mode=wait&clear_cache=true"}
 # One output a request, when it has ended, and no text: else the API server makes both for every token.
 FINAL_TOKENS = {"output_kind": 2, "detokenize": False}
+LOOK_S = 0.05  # between two looks for the next update
 SLOWEST_LOAD = 100e6  # bytes/s, from shared storage: for so long an engine may be silent beyond its other limits
 
 
@@ -72,11 +74,16 @@ def open_group(port: int, world_size: int) -> Any:
     return trainer_init({"master_address": LOOPBACK, "master_port": port, "world_size": world_size})
 
 
+class OtherWeightsError(EngineError):
+    """What an engine was handed is not the version that was asked for."""
+
+
 class VllmEngine:
     """The client of one server's address; stamps every token with the version of the weights that sampled it.
 
     `on_hung` has a server that shows no sign of life for `hang_timeout_s` seconds killed and restarted; `on_event` hears of
-    losses and recoveries (see Lifeline). `name` is the engine's: vllm, or fake where the fake engine's server answers.
+    losses and recoveries; `takes_over` where the server is another client's (see Lifeline). `name` is the engine's: vllm, or
+    fake where the fake engine's server answers.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class VllmEngine:
         hang_timeout_s: float = 60.0,
         on_hung: Callable[[str], None] | None = None,
         on_event: Callable[[str, str], None] | None = None,
+        takes_over: bool = False,
         name: str = "vllm",
     ) -> None:
         self.name, self.version = name, 0
@@ -103,6 +111,7 @@ class VllmEngine:
             hang_timeout_s=hang_timeout_s,
             on_hung=on_hung,
             on_event=on_event,
+            takes_over=takes_over,
         )
 
     @property
@@ -210,19 +219,42 @@ class VllmEngine:
     async def adopt(self, update: WeightUpdate | None) -> None:
         """Take over a live engine from another client: have it hold `update` (None: what it started with), and go on."""
         self._wanted = update
-        await self._lifeline.call(self._revive, "taking over the engine")
+        await self._lifeline.call(lambda connection: self._bring(connection, update), "taking over the engine")
 
     async def _revive(self, connection: Connection) -> None:
-        """Make a server hold what is wanted, whatever it holds, and run, whether it was paused or not."""
+        """Make a server hold what is wanted, whatever it holds, and run, whether it was paused or not.
+
+        A transport with one copy of the weights cannot give an older version any more once the trainer writes the next one
+        over it: then the server waits for that, which is about to be wanted.
+        """
+        while True:
+            wanted = self._wanted
+            try:
+                return await self._bring(connection, wanted)
+            except OtherWeightsError:
+                if not await self._is_superseded(connection, wanted):
+                    raise
+
+    async def _bring(self, connection: Connection, wanted: WeightUpdate | None) -> None:
         held = {state["checksum"] for state in await call_workers(connection, "fastreason_beat")}
-        if self._wanted is None and held != {None}:
+        if wanted is None and held != {None}:
             await self._restore(connection)
-        elif self._wanted is not None and held != {self._wanted.checksum}:
-            await self._load(connection, self._wanted)
+        elif wanted is not None and held != {wanted.checksum}:
+            await self._load(connection, wanted)
         else:
             await connection.ask("/resume")
-        if self._wanted is not None:
-            self.version = self._wanted.version
+        if wanted is not None:
+            self.version = wanted.version
+
+    async def _is_superseded(self, connection: Connection, wanted: WeightUpdate | None) -> bool:
+        """Wait for another update than `wanted`, for no longer than a server may take to start."""
+        patience = Patience(self._config.startup_timeout_s)
+        while self._wanted is wanted and not patience.exhausted:
+            if connection.lost is not None:
+                raise ServerLostError(connection.lost)
+            await asyncio.sleep(LOOK_S)
+            patience.look()
+        return self._wanted is not wanted
 
     async def _restore(self, connection: Connection) -> None:
         await connection.ask("/pause?mode=keep&clear_cache=true")
@@ -241,10 +273,12 @@ class VllmEngine:
                 paused = time.perf_counter()
                 reports = await self._transfer.load(connection, update)
                 if not reports or any(report["checksum"] != update.checksum for report in reports):
-                    raise EngineError(
+                    raise OtherWeightsError(
                         f"version {update.version}: the engine holds other weights than were sent: {reports}"
                     )
-                self._stamps.switch(reports[0]["tokens_before"], update.version, num_resumes)
+                first = reports[0]
+                forgets = first.get("forgets_preempted", False)
+                self._stamps.switch(first["tokens_before"], update.version, num_resumes, forgets)
                 self.version = update.version
             finally:
                 # Also when we were told to stop before the pause was answered: it may have been heard.

@@ -39,13 +39,14 @@ class WeightWorker:
 
         Returns the digest of what was handed to the model, the number of tensors, the bytes verified in place, the
         seconds (in all, and of the engine's own reload), and for every unfinished request how many tokens it had sampled
-        with the former weights, None where that cannot be known. Raises ValueError if the file is outside the exchange
+        with the former weights, None where that cannot be known, and whether one that is not among them may have some all
+        the same. Raises ValueError if the file is outside the exchange
         folder, or if anything held differs from what was sent.
         """
         started = time.perf_counter()
         ahead, self.fastreason_ahead = self.fastreason_ahead, None
         sent, digest = ahead[1].result() if ahead and ahead[0] == path else read_published(path, checksum)
-        tokens_before = count_tokens(self.model_runner)
+        tokens_before, forgets = count_tokens(self.model_runner), forgets_preempted(self.model_runner)
         self.fastreason_held = "being loaded"
         reloading = time.perf_counter()
         self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
@@ -64,6 +65,7 @@ class WeightWorker:
             "load_s": time.perf_counter() - started,
             "reload_s": reload_s,
             "tokens_before": tokens_before,
+            "forgets_preempted": forgets,
         }
 
     def fastreason_watch(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class Watch:
 
     def __init__(self, runner: Any) -> None:
         self._model, self._digest, self._started = runner.get_model(), SumDigest(), time.perf_counter()
-        self._tokens_before = count_tokens(runner)
+        self._tokens_before, self._forgets = count_tokens(runner), forgets_preempted(runner)
         load = self._model.load_weights
         self._model.load_weights = lambda weights: load(self._pass(weights))
 
@@ -109,6 +111,7 @@ class Watch:
             "held_bytes": 0,
             "load_s": time.perf_counter() - self._started,
             "tokens_before": self._tokens_before,
+            "forgets_preempted": self._forgets,
         }
 
 
@@ -133,6 +136,15 @@ def count_tokens(runner: Any) -> dict[str, int] | None:
         total = states.total_len.gpu.tolist()
         return {name: total[i] - int(states.prompt_len.np[i]) for name, i in states.req_id_to_index.items()}
     return None
+
+
+def forgets_preempted(runner: Any) -> bool:
+    """Whether requests that were preempted, for lack of room, are missing from `count_tokens` until they go on.
+
+    The runner with `requests` keeps them; the other one drops their state, and then they look like those that wait for their
+    first token.
+    """
+    return not hasattr(runner, "requests")
 
 
 def repack_embeddings(model: Any) -> None:

@@ -1,7 +1,7 @@
 """Messages between the trainer and the producer: MessagePack over a Unix socket in a folder only this user can enter.
 
 Each message is a length (4 bytes, big endian) and the MessagePack of one tagged struct. The trainer asks, the producer
-answers; a `Failure` may come instead of any answer.
+answers; a `Failure` may come instead of any answer, and a `Waiting` any number of times before one.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ class Start(msgspec.Struct, tag=True):
 class Rejoin(msgspec.Struct, tag=True):
     """To a producer that took the place of one that died: where the trainer stands.
 
-    `update` is what the engines are to hold, `holding` the tickets of the batch that the trainer has and has not trained.
-    `started` is False where Start had not been sent yet.
+    `update` is what the engines are to hold, which may be the version that is about to follow; `holding` are the tickets of
+    the batch that the trainer has and has not trained. `started` is False where Start had not been sent yet.
     """
 
     version: int
@@ -105,15 +105,22 @@ class Failure(msgspec.Struct, tag=True):
     message: str
 
 
+class Waiting(msgspec.Struct, tag=True):
+    """What the producer itself waits for, so that a wait that is too long can name it; no answer."""
+
+    what: str
+
+
 Request = Start | Rejoin | NextBatch | Publish | Collected | Evaluate | SaveState | Stop
 Answer = Ready | Batch | Published | Evaluated | State | Done | Failure
+Message = Answer | Waiting
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
-_answer_decoder = msgspec.msgpack.Decoder(Answer)
+_answer_decoder = msgspec.msgpack.Decoder(Message)
 
 
-def encode(message: Request | Answer) -> bytes:
+def encode(message: Request | Message) -> bytes:
     body = _encoder.encode(message)
     return struct.pack(">I", len(body)) + body
 
@@ -132,6 +139,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, interrupted: Callable[[], bool] = lambda: False) -> None:
         self._sock, self._interrupted = sock, interrupted
+        self._said = ""
 
     def send(self, message: Request) -> None:
         # Waits only where the request is larger than the socket's buffers and the producer's event loop is busy.
@@ -152,12 +160,19 @@ class Connection:
         Raises StuckError naming what was waited for, PeerLostError if the producer is gone, InterruptedWaitError if the run
         was told to stop before anything arrived (the connection stays usable).
         """
-        (size,) = struct.unpack(">I", self._read(4, timeout_s, waiting_for, interruptible))
-        return _answer_decoder.decode(self._read(size, timeout_s, waiting_for, False))
+        patience, self._said = Patience(timeout_s), ""
+        while True:
+            (size,) = struct.unpack(">I", self._read(4, patience, waiting_for, interruptible))
+            message = _answer_decoder.decode(self._read(size, patience, waiting_for, False))
+            if not isinstance(message, Waiting):
+                return message
+            self._said = message.what
+            patience.look()
+            if patience.exhausted:
+                raise self._stuck(patience, waiting_for)
 
-    def _read(self, size: int, timeout_s: float, waiting_for: str, interruptible: bool) -> bytes:
+    def _read(self, size: int, patience: Patience, waiting_for: str, interruptible: bool) -> bytes:
         self._sock.settimeout(0.5)  # so that a signal to stop is seen within half a second
-        patience = Patience(timeout_s)
         chunks: list[bytes] = []
         missing = size
         while missing:
@@ -169,10 +184,7 @@ class Connection:
                 patience.look()
                 if not patience.exhausted:
                     continue
-                raise StuckError(
-                    f"waited {timeout_s:g} s (run.timeout_s) for the producer: {waiting_for}. See logs/producer.log and "
-                    "logs/engine.log in the run's folder; raise run.timeout_s if generation is that slow."
-                ) from error
+                raise self._stuck(patience, waiting_for) from error
             except OSError as error:
                 raise PeerLostError(f"the producer closed its connection while {waiting_for}: {error}") from error
             if not chunk:
@@ -182,6 +194,13 @@ class Connection:
             chunks.append(chunk)
             missing -= len(chunk)
         return b"".join(chunks)
+
+    def _stuck(self, patience: Patience, waiting_for: str) -> StuckError:
+        said = f" It last said that it waits for {self._said}." if self._said else ""
+        return StuckError(
+            f"waited {patience.limit_s:g} s (run.timeout_s) for the producer: {waiting_for}.{said} See logs/producer.log and "
+            "logs/engine.log in the run's folder; raise run.timeout_s if generation is that slow."
+        )
 
     def close(self) -> None:
         self._sock.close()

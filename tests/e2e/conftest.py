@@ -141,7 +141,8 @@ class TrainRun:
                 **os.environ,
                 TAG: self.tag,
                 "TMPDIR": str(self.tmp),
-                "PYTHONPATH": str(self.folder),
+                # What the tests import is what the runs are of, also where another checkout is installed.
+                "PYTHONPATH": os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
                 "HF_HUB_OFFLINE": "1",
                 **self.environment,
             },

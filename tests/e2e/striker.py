@@ -19,7 +19,9 @@ WORDS = {"producer": ("_process", "producer"), "grader": ("run_grader",)}
 ENGINE_WORDS = {"fake": ("rollout.fake_server",), "vllm": ("VLLM::Worker", "VLLM::EngineCore", "api_server")}
 VICTIMS = ("engine", "producer", "grader")
 PHASES = ("generate", "train", "publish")
-# What depends on the clock, on the machine or on S, or counts the faults; everything else must repeat bit for bit.
+# What depends on the clock, on the machine or on S, or counts the faults; everything else must repeat bit for bit. Staleness
+# is of the clock even at a fixed S > 0: which tokens are sampled before an update and which after is decided by when it comes,
+# and a prompt that is issued again after a fault is issued at a later version. Its bound is asserted on every batch instead.
 VARYING = (
     "time/", "memory/", "rollout/tok_per_s", "train/tok_per_s", "staleness/", "rollout/staleness",
     "rollout/engine_restarts", "rollout/producer_restarts",

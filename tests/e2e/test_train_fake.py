@@ -3,7 +3,9 @@
 The engine is fake, everything else is not: launcher, producer, graders, DeepSpeed ranks, checkpoints, exchange files.
 """
 
+import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from fastreason.config import load_config
 from fastreason.cores import available_cores
 from fastreason.data import PromptCursor, load_problems, split_held_out
+from fastreason.ledger import audit_ledger, read_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -99,8 +102,6 @@ def test_two_runs_at_once_leave_everything_and_agree_bit_for_bit(train_run, tiny
     for name in ("eval-before.jsonl", "eval-after.jsonl"):
         assert (runs[0] / name).read_text() == (runs[1] / name).read_text()
         assert len((runs[0] / name).read_text().splitlines()) == 12
-
-    import json
 
     summary = json.loads((runs[0] / "summary.json").read_text())
     assert set(summary) >= SUMMARY
@@ -194,6 +195,37 @@ def test_stopped_by_signals_and_resumed_to_the_end(train_run):
     assert (run_dir / "model" / "config.json").is_file()
     assert run.run(resume=run_dir) == 2
     assert "finished" in run.output and "train.steps" in run.output
+
+
+def test_a_run_killed_before_its_first_checkpoint_and_after_its_last_step_is_resumed_both_times(train_run, tiny_model):
+    """By default there is no checkpoint: it begins again. One that lacks only the model and the summary makes those."""
+    run = train_run(train={"steps": 3}, rollout={"max_staleness": 1}, eval={"num_prompts": 6, "samples_per_prompt": 2})
+    run.environment["TEST_REWARD_SLEEP_S"] = "0.02"
+    run.start()
+    run.until(lambda: run.num_steps() >= 1, what="the first step")
+    run_dir = run.run_dir
+    for process in sorted(run.processes(), key=lambda process: process.pid != run.process.pid):
+        process.kill()
+    run.wait(20)
+    assert run.left_behind(2) == [] and not list(run_dir.glob("checkpoints/*"))
+
+    assert run.run("checkpoint.every=3", resume=run_dir) == 0, run.output + run.logs()
+    assert "resuming from the beginning: 0 of 3 steps done" in run.output
+    assert_all_trained_once(run, run_dir, 3)
+    audit = audit_ledger(read_ledger(run_dir))
+    assert (audit.num_issued, audit.num_trained, audit.lost, audit.twice) == (9, 9, [], [])
+    evaluated = (run_dir / "eval-after.jsonl").read_text()
+    assert run.run(resume=run_dir) == 2 and "it is finished" in run.output
+
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "model")
+    assert run.run(resume=run_dir) == 0, run.output + run.logs()
+    assert_all_trained_once(run, run_dir, 3)
+    check_model(run_dir / "model", tiny_model)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["finished"], summary["steps"], set(summary["evals"])) == (True, 3, {"before", "after"})
+    assert (run_dir / "eval-after.jsonl").read_text() == evaluated
+    assert run.left_behind(2) == [] and run.files_left() == []
 
 
 def test_a_signal_during_the_start_ends_it_too(train_run):

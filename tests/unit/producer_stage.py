@@ -38,6 +38,7 @@ class Engine(FakeEngine):
     def __init__(self):
         super().__init__([5, 6, 7], eos_token_id=1)
         self.asked, self.held, self.failing = [], set(), {}
+        self.versions = []
         self.start_error = None
         self.closed = False
 
@@ -47,6 +48,7 @@ class Engine(FakeEngine):
 
     async def generate(self, request_id, prompt_token_ids, params):
         self.asked.append(request_id)
+        self.versions.append(self.version)
         while request_id in self.held:
             await asyncio.sleep(0.002)
         if request_id in self.failing:

@@ -182,14 +182,48 @@ def test_a_resumed_run_goes_on_counting():
     assert admission.num_taken == 8
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def restored(former, outstanding, batch_size, staleness, total):
+    """The admission of a resumed run, with those of `outstanding` (finished groups, tickets of others) that come back."""
+    next_ticket, trained, version = former.next_ticket, former.num_taken, former.version
+    admission = Admission(batch_size, staleness, total, version, trained, next_ticket)
+    tickets = sorted(getattr(one, "ticket", one) for one in outstanding)
+    kept = [
+        one.ticket
+        for one in outstanding
+        if isinstance(one, Group) and admission.restore(one, tickets.index(one.ticket))
+    ]
+    return admission, [ticket for ticket in tickets if ticket not in kept], kept
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 8])
 def test_a_resumed_run_may_have_another_batch_size(batch_size):
-    admission = Admission(batch_size, max_staleness=1, total_groups=6 + 4 * batch_size, version=3, trained=6)
-    for version in range(3, 7):
-        finish(admission, *issue_all(admission))
-        assert len(admission.take_batch()) == batch_size
+    former = Admission(4, max_staleness=1, total_groups=100)
+    finish(former, *issue_all(former))
+    former.take_batch()
+    former.publish(1)
+    # Four of version 0 are left, which version 1 is the last to train on.
+    admission, again, kept = restored(former, former.finished, batch_size, 1, total=4 + 4 * batch_size)
+    assert kept == [4, 5, 6, 7][:batch_size] and again == [4, 5, 6, 7][batch_size:]
+    trained = []
+    for version in range(1, 5):
+        while admission.may_issue():
+            ticket = admission.issue(again.pop(0) if again else None)
+            admission.finish(finished(admission, ticket))
+        trained += [group.ticket for group in admission.take_batch()]
         admission.publish(version + 1)
-    assert admission.num_taken == 6 + 4 * batch_size and not admission.may_issue()
+    assert trained == list(range(4, 4 + 4 * batch_size)) and not admission.may_issue()
+
+
+def test_a_group_is_kept_only_if_it_is_young_enough_at_its_turn():
+    """Lower tickets that are generated again go first, and are no reason to wait for."""
+    former = Admission(4, max_staleness=1, total_groups=100)
+    finish(former, *issue_all(former))
+    former.take_batch()
+    former.publish(1)
+    outstanding = [4, 5, *former.finished[2:]]
+    assert restored(former, outstanding, 4, 1, total=100)[2] == [6, 7]
+    assert restored(former, outstanding, 2, 1, total=100)[2] == []
+    assert restored(former, outstanding, 2, 2, total=100)[2] == [6, 7]
 
 
 def test_a_version_is_published_once():

@@ -55,6 +55,7 @@ ALLOWED = {
     "data": MEANING,
     "policy": MEANING,
     "checkpoint": FOUNDATION | PLUMBING,
+    "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
     "credit": MEANING | PLUMBING,
@@ -66,7 +67,7 @@ ALLOWED = {
     **dict.fromkeys(("loop", "training", "evaluate"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
     **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
-    **dict.fromkeys(("serving", "distill", "compose_offline", "offline_data"), EVERYTHING),
+    **dict.fromkeys(("serving", "distill", "compose_offline", "offline_data", "resume"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}

@@ -16,13 +16,13 @@ PROMPTS = [Prompt(id=f"p{i}", text=f"{i}") for i in range(7)]
 B = 3
 
 
-def config(staleness=1, steps=8, **rollout):
+def config(staleness=1, steps=8, batch_size=B, **rollout):
     return parse_config(
         {
             "model": {"path": "none"},
             "data": {"task": "chain_sum", "max_prompt_tokens": 5},
             "rollout": {"max_staleness": staleness, **rollout},
-            "train": {"steps": steps, "prompts_per_step": B},
+            "train": {"steps": steps, "prompts_per_step": batch_size},
         }
     )
 
@@ -164,6 +164,50 @@ def test_whatever_dies_whenever_every_prompt_is_trained_once(tmp_path, staleness
         steps = [row["step"] for row in rows if row["event"] == "trained"]
         assert sorted(steps) == [step for step in range(1, 9) for _ in range(B)], seed
     assert deaths > 50, "the example shows little"
+
+
+def go_on(former, settings, rng):
+    """Train to the end from the checkpoint of a run that had other sizes; returns how many groups are trained then."""
+    (version, trained, state), running = former.checkpoint, {}
+    books = new_books(former.folder, settings, spool=None)
+    books.start(version, trained, state)
+    for _ in range(5000):
+        if version == settings.train.steps:
+            return trained
+        for ticket, prompt, _ in books.issue():
+            running[ticket] = (prompt, books.admission.issued_at(ticket))
+        if running and rng.random() < 0.6:
+            ticket = rng.choice(sorted(running))
+            books.finish(group(ticket, *running.pop(ticket)))
+        elif (groups := books.take_batch()) is not None:
+            version, trained = version + 1, trained + len(groups)
+            books.publish(version)
+    raise AssertionError("the run came to a standstill")
+
+
+@pytest.mark.parametrize("order", ["finished", "issued"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_a_resumed_run_may_have_other_sizes_and_comes_to_its_end(tmp_path, batch_size, order):
+    """Whatever had been finished by then, and whichever bound was and is."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        former = World(folder, config(rng.choice([0, 1, 2]), order=order), seed)
+        former.max_deaths = 0
+        while former.version < 3 or former.holding is not None or former.checkpoint is None:
+            former.act()
+        # Stopped amid generation, so that some of what is old is finished and some is not.
+        for _ in range(rng.randrange(8)):
+            if former.running:
+                ticket = rng.choice(sorted(former.running))
+                former.books.finish(group(ticket, *former.running.pop(ticket)))
+        former.checkpoint = (former.version, former.trained, former.books.checkpoint(former.trained))
+        settings = config(rng.choice([0, 1, 2]), former.version + 6, batch_size, order=order)
+        trained = go_on(former, settings, rng)
+        audit = audit_ledger(read_ledger(folder), finished=False)
+        assert (audit.lost, audit.twice) == ([], []), seed
+        assert audit.num_trained == trained == former.trained + 6 * batch_size
 
 
 def test_with_order_issued_batches_do_not_depend_on_who_is_first(tmp_path):

@@ -51,6 +51,28 @@ def test_what_is_being_written_is_not_seen(store):
     assert names(store) == ["step-000001"] and store.latest()[1].step == 1
 
 
+def test_what_is_being_removed_is_not_seen_and_swept_with_what_is_half_written(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep_last=1, keep_best=False)
+    save(store, 1)
+
+    def die(path, **_):
+        assert path.name != "step-000001", "a checkpoint in its place lost files"
+        raise KeyboardInterrupt
+
+    (store.aside(2) / "updater").touch()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        # Writing aside begins with a clean-up too: only the removal of the first is struck.
+        patched.setattr(
+            "fastreason.checkpoint.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or die(path)
+        )
+        store.commit(state(2), b"")
+    (store.aside(3) / "updater").touch()
+    assert names(store) == ["step-000002"] and len(list(store.folder.iterdir())) == 3
+    store.sweep()
+    assert [path.name for path in store.folder.iterdir()] == ["step-000002"]
+    CheckpointStore(tmp_path / "none", 1, keep_best=False).sweep()
+
+
 def test_a_folder_without_its_state_is_not_seen(store):
     save(store, 1)
     (store.folder / "step-000003").mkdir()

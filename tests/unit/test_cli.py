@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, exit codes, and a dry run that touches nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fastreason.data.traces import TraceReport
 from fastreason.errors import ConfigError, EngineError
 from fastreason.preflight import anchor_paths, settle_dtypes
 from fastreason.replay import REPLAYED, write_batch
+from fastreason.run_folder import held
 from fastreason.types import Grade, Group, Prompt, Sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +157,8 @@ print("LOADED", code, sorted({"vllm", "deepspeed", "transformers", "datasets"} &
     assert "# unchecked, because it may need the network: model.path='some/model'" in done.stdout
 
 
-def finished_run(folder, steps_done, producer=b"state"):
+def saved_run(folder, steps_done, producer=b"state"):
+    """A run that was ended right after its checkpoint."""
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text((folder / "c.yaml").read_text())
@@ -166,8 +169,15 @@ def finished_run(folder, steps_done, producer=b"state"):
     return run
 
 
+def finish(run, steps, **summary):
+    """What a run leaves after its last step."""
+    (run / "model").mkdir()
+    (run / "summary.json").write_text(json.dumps({"finished": True, "steps": steps, "evals": {}, **summary}))
+
+
 def test_a_finished_run_is_not_resumed_but_may_be_longer(config, capsys):
-    run = finished_run(config.parent, steps_done=3)
+    run = saved_run(config.parent, steps_done=3)
+    finish(run, 3)
     assert cli.main(["train", "--resume", "run"]) == 2
     assert "at step 3 of train.steps=3: it is finished" in capsys.readouterr().err
     before = (run / "config.yaml").read_text()
@@ -176,11 +186,62 @@ def test_a_finished_run_is_not_resumed_but_may_be_longer(config, capsys):
     assert (run / "config.yaml").read_text() == before, "a dry run changed the run"
 
 
-def test_a_run_without_a_checkpoint_cannot_be_resumed(config, capsys):
-    (config.parent / "run").mkdir()
-    (config.parent / "run" / "config.yaml").write_text(config.read_text())
-    assert cli.main(["train", "--resume", "run"]) == 1
+def test_a_run_without_a_checkpoint_begins_again(config, launched, capsys):
+    run = config.parent / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.read_text())
+    assert cli.main(["train", "--resume", "run"]) == 0
+    assert launched == [{"run_dir": run, "resume": True, "only": None, "groups_dir": None}]
+    assert "resuming from the beginning: 0 of 3 steps done" in capsys.readouterr().out
+    finish(run, 3)
+    assert cli.main(["train", "--resume", "run", "train.steps=9"]) == 1 and len(launched) == 1
     assert "no complete checkpoint to resume from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "overrides"),
+    [
+        ("summary.json", []),
+        ("model", []),
+        ("summary of so many steps", []),
+        ("last evaluation", ["eval.num_prompts=4"]),
+    ],
+)
+def test_a_run_that_was_killed_after_its_last_step_is_gone_through_again(config, launched, missing, overrides):
+    run = saved_run(config.parent, steps_done=3)
+    finish(run, 2 if missing == "summary of so many steps" else 3)
+    if missing == "summary.json":
+        (run / "summary.json").unlink()
+    if missing == "model":
+        (run / "model").rmdir()
+        assert cli.main(["train", "--resume", "run", "checkpoint.save_model=false", "--dry-run"]) == 2
+    assert cli.main(["train", "--resume", "run", *overrides]) == 0
+    assert len(launched) == 1
+
+
+def test_a_run_that_is_alive_is_left_alone(config, launched, capsys):
+    run = saved_run(config.parent, steps_done=2)
+    before = (run / "config.yaml").read_text()
+    with held(run):
+        assert cli.main(["train", "--resume", "run", "train.steps=9"]) == 2
+        assert f"the run is under way (process {os.getpid()})" in capsys.readouterr().err
+        assert cli.main(["train", "--resume", "run", "train.steps=9", "--dry-run"]) == 0
+    assert launched == [] and (run / "config.yaml").read_text() == before
+    assert cli.main(["train", "--resume", "run", "train.steps=9"]) == 0 and len(launched) == 1
+
+
+def test_a_run_of_one_phase_alone_that_has_no_checkpoint_is_not_taken_for_a_whole_one(config, launched, capsys):
+    run = config.parent / "run"
+    (run / "groups").mkdir(parents=True)
+    (run / "config.yaml").write_text(config.read_text())
+    assert cli.main(["train", "--resume", "run"]) == 2
+    assert "a run of --only rollout cannot be resumed" in capsys.readouterr().err
+    (run / "groups").rmdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert cli.main(["train", "--resume", "run"]) == 2
+    assert "was trained on written groups" in capsys.readouterr().err
+    write_groups(config.parent / "g", 3)
+    assert cli.main(["train", "--resume", "run", "--only", "train", "--groups", "g"]) == 0 and len(launched) == 1
 
 
 def offline_run_dir(folder, steps=3, **keys):
@@ -219,6 +280,7 @@ def test_a_run_of_epochs_that_is_finished_says_what_can_be_done(config, capsys, 
     store = CheckpointStore(run, keep_last=1, keep_best=False)
     store.aside(steps)
     store.commit(TrainerState(step=steps, version=steps, num_groups=0, score=0.0), b"")
+    finish(run, 4 if "train.steps=4" in overrides else steps)
     monkeypatch.setattr("fastreason.offline_data.Traces", lambda _: SimpleNamespace(report=TraceReport(rows=1, kept=1)))
     assert cli.main(["train", "--resume", "run", *overrides]) == 2
     said = capsys.readouterr().err.replace(f"model.path={run}", "model.path=RUN")
@@ -292,7 +354,7 @@ def test_groups_of_another_algorithm_are_found_out_before_anything_starts(config
 
 
 def test_training_on_written_groups_is_resumed_as_such_and_not_otherwise(config, launched, capsys, tmp_path):
-    run = finished_run(tmp_path, steps_done=2, producer=REPLAYED)
+    run = saved_run(tmp_path, steps_done=2, producer=REPLAYED)
     assert cli.main(["train", "--resume", "run"]) == 2
     assert "was trained on written groups" in capsys.readouterr().err
     write_groups(tmp_path / "g", 3)
@@ -302,7 +364,7 @@ def test_training_on_written_groups_is_resumed_as_such_and_not_otherwise(config,
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "c.yaml").write_text(config.read_text())
-    finished_run(plain, steps_done=2)
+    saved_run(plain, steps_done=2)
     assert cli.main(["train", "--resume", "plain/run"]) == 0 and launched[-1]["only"] is None
 
 

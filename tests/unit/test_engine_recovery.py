@@ -22,6 +22,7 @@ from fastreason.rollout import fake_server
 from fastreason.rollout.engine import sample_seed
 from fastreason.rollout.fake import FakeEngine
 from fastreason.rollout.server import hold_port
+from fastreason.rollout.transfer import call_workers
 from fastreason.rollout.vllm import VllmEngine
 from fastreason.rollout.vllm_middleware import INSTANCE_VARIABLE, KEY_VARIABLE
 from fastreason.types import SamplingParams, WeightUpdate
@@ -424,7 +425,116 @@ def test_a_server_that_loads_may_be_silent_for_longer(monkeypatch, folder):
     assert len(reports) == 1
 
 
+# A transport that keeps one copy of the weights, on the trainer's GPU
+
+
+class OneCopy:
+    """Gives an engine whatever the trainer has written last, by way of a file, and says what that was."""
+
+    def __init__(self, update):
+        self.written = update
+
+    async def prepare(self, connection, update):
+        pass
+
+    async def load(self, connection, update):
+        content = {"path": self.written.path, "checksum": self.written.checksum}
+        return await call_workers(connection, "fastreason_load", **content)
+
+
+def test_a_server_that_comes_back_while_the_next_weights_are_written_waits_for_them(monkeypatch, folder):
+    first, second = publish(folder, 1), publish(folder, 2)
+
+    async def body(site, engine, events):
+        engine._transfer = OneCopy(first)
+        await engine.load_weights(first)
+        task = asyncio.create_task(engine.generate("t1", PROMPT, PARAMS))
+        await asyncio.sleep(2 * TOKEN_S)
+        engine._transfer.written = second
+        await site.down()
+        await site.up()
+        while not [body for body in site.asked("/collective_rpc", 2) if body["method"] == "fastreason_load"]:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        assert not task.done() and not site.asked("/inference/v1/generate", 2), "it went on with weights of no version"
+        report = await engine.load_weights(second)
+        return await task, report, await held(engine)
+
+    completions, report, state = with_engine(monkeypatch, body)
+    assert [completion.token_ids for completion in completions] == expected()
+    longest = max(completions, key=lambda completion: len(completion.token_ids))
+    assert set(longest.token_versions) == {2}
+    assert report.version == 2 and state == [{"checksum": second.checksum}]
+
+
+def test_other_weights_than_were_sent_are_an_error_where_no_next_ones_come(monkeypatch, folder):
+    first, second = publish(folder, 1), publish(folder, 2)
+
+    async def body(site, engine, events):
+        engine._transfer = OneCopy(first)
+        await engine.load_weights(first)
+        engine._transfer.written = second
+        await site.down()
+        await site.up()
+        with pytest.raises(EngineError, match="version 1: the engine holds other weights than were sent"):
+            await engine.generate("t1", PROMPT, PARAMS)
+
+    with_engine(monkeypatch, body, startup_timeout_s=1.0)
+
+
 # A client that takes over
+
+
+def test_a_server_that_is_found_hanging_by_a_new_client_is_reported_and_replaced(monkeypatch):
+    """It was stopped, and the client that would have noticed died first."""
+    reports = []
+
+    async def body(site, engine, events):
+        site.deaf.clear()
+        heir = VllmEngine(
+            site.url, KEY, RolloutConfig(), name="fake", hang_timeout_s=0.5, on_hung=reports.append, takes_over=True
+        )
+        starting = asyncio.create_task(heir.start())
+        while not reports:
+            await asyncio.sleep(0.02)
+        assert not starting.done()
+        await site.down()
+        site.deaf.set()
+        await site.up()
+        await starting
+        completions = await heir.generate("t1", PROMPT, PARAMS)
+        await heir.close()
+        return completions
+
+    monkeypatch.setattr("fastreason.rollout.connection.HEALTH_TIMEOUT_S", 0.3)
+    completions = with_engine(monkeypatch, body)
+    assert [completion.token_ids for completion in completions] == expected()
+    assert len(reports) == 1 and "has not answered for run.hang_timeout_s=0.5 s" in reports[0]
+
+
+@pytest.mark.parametrize("takes_over", [False, True])
+def test_a_server_that_is_not_there_yet_or_was_never_there_does_not_hang(monkeypatch, takes_over):
+    """A start takes longer than an answer may: of a model, or of a server that the launcher has just started again."""
+    reports = []
+
+    async def body(site, engine, events):
+        if takes_over:
+            await site.down()
+        else:
+            site.deaf.clear()
+        options = {"hang_timeout_s": 0.3, "on_hung": reports.append, "takes_over": takes_over}
+        heir = VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **options)
+        starting = asyncio.create_task(heir.start())
+        await asyncio.sleep(1.0)
+        site.deaf.set()
+        if takes_over:
+            await site.up()
+        await starting
+        await heir.close()
+
+    monkeypatch.setattr("fastreason.rollout.connection.HEALTH_TIMEOUT_S", 0.2)
+    with_engine(monkeypatch, body)
+    assert reports == []
 
 
 @pytest.mark.parametrize("former", [None, 1, 2])

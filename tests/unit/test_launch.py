@@ -15,9 +15,10 @@ from fastreason.config import load_config, parse_config
 from fastreason.cores import available_cores
 from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
 from fastreason.exchange import ExchangeFolder
-from fastreason.launch import StopRequest, make_run_dir, sweep_segments, trainer_command, write_config
+from fastreason.launch import StopRequest, sweep_segments, trainer_command
 from fastreason.preflight import anchor_paths, check_prompts_offline, choose_device, preflight
 from fastreason.rollout import fake_server
+from fastreason.run_folder import make_run_dir, write_config
 from fastreason.session import SEGMENTS, Session
 
 

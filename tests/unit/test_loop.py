@@ -24,6 +24,7 @@ class World:
     def __init__(self):
         self.calls, self.lines, self.updates, self.saved = [], [], [], []
         self.stop_after, self.stopped = None, False
+        self.version = 0
         self.accuracies, self.rewards = iter(()), iter(())
 
     def happens(self, call):
@@ -48,6 +49,7 @@ class World:
     def publish(self, update, trained):
         assert trained == 2 * update.version
         self.happens(f"publish {update.version}")
+        self.version = update.version
         return LoadReport(version=update.version, checksum="", num_tensors=1, held_bytes=0, pause_s=0.25)
 
     def evaluate(self, name):
@@ -62,7 +64,7 @@ class World:
             truncated_share=0.0,
             temperature=1.0,
             wall_s=1.0,
-            version=0,
+            version=self.version,
         )
 
     def save_state(self, trained, settle):
@@ -285,6 +287,32 @@ def test_a_resumed_run_goes_on_with_the_coefficients_that_adapted_and_no_others(
     assert loop.run() is True
     (line,) = world.lines
     assert line["loss/entropy_coef"] == pytest.approx(expected)
+
+
+def test_a_run_that_was_ended_amid_its_last_evaluation_makes_up_for_it(tmp_path):
+    world = World()
+    world.stop_after = "evaluate after"
+    keys = {"eval": {"num_prompts": 1}, "checkpoint": {"every": 1}}
+    assert make_loop(tmp_path, world, **keys).run() is True
+    for evaluates in (True, False):
+        world = World()
+        loop = make_loop(tmp_path, world, **keys if evaluates else {"checkpoint": {"every": 1}})
+        loop.parts.resume_from = loop.parts.checkpoints.latest()
+        assert loop.run() is True
+        assert world.calls == ["load", "publish 2", "start 2 4 b'4 settled=False'", *["evaluate after"] * evaluates]
+        assert (set(loop.totals.evals) == {"before", "after"}) == evaluates
+        assert saved_steps(loop) == ["step-000001", "step-000002"]
+
+
+def test_the_last_evaluation_of_a_run_that_was_to_be_shorter_is_not_that_of_a_longer_one(tmp_path):
+    keys = {"eval": {"num_prompts": 1}, "checkpoint": {"every": 1}}
+    make_loop(tmp_path, World(), **keys).run()
+    world = World()
+    world.stop_after = "publish 3"
+    loop = make_loop(tmp_path, world, train={"steps": 4}, **keys)
+    loop.parts.resume_from = loop.parts.checkpoints.latest()
+    assert loop.run() is False
+    assert set(loop.totals.evals) == {"before"}
 
 
 def test_a_resumed_run_told_to_stop_at_once_saves_nothing_again(tmp_path):

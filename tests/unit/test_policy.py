@@ -1,12 +1,14 @@
 """The model behind the fused head: what is chosen where, what is refused, and that no choice changes the numbers."""
 
+import json
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from fastreason_kernels import PolicyLossSpec
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from fastreason.config import ModelConfig
 from fastreason.errors import ConfigError, ModelError
@@ -19,6 +21,8 @@ from fastreason.policy import (
     choose_layout,
     choose_liger,
     load_policy,
+    score_batch,
+    without_dropout,
 )
 
 SPEC = PolicyLossSpec(clip_low=0.2, clip_high=0.2)
@@ -102,8 +106,6 @@ def save_model(folder, tied=True, **keys):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     if keys:
-        import json
-
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
     return folder
@@ -167,6 +169,35 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
     for name, gradient in gradients(checkpointed).items():
         assert torch.equal(gradient, expected[name]), name
         assert gradient.any(), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_model_with_dropout_is_trained_without_and_its_ratio_before_any_change_is_1(tmp_path, attention, caplog):
+    caplog.set_level("INFO")
+    folder = save_model(tmp_path / "m", attention_dropout=0.1)
+    policy = load(folder, attention)
+    assert policy.training and "is trained without its dropout: attention_dropout=0.1" in caplog.text
+    batch = example()
+    with torch.no_grad():
+        before_N = policy(score_batch(batch), SPEC, 1.0).logp
+    output = policy(replace(batch, behaviour_logp_N=before_N), SPEC, 1.0)
+    assert torch.equal(output.logp, before_N) and bool((output.ratio == 1).all())
+    # What is saved of it keeps its own config.
+    assert json.loads((folder / "config.json").read_text())["attention_dropout"] == 0.1
+
+
+def test_dropout_of_modules_and_of_a_config_within_a_config_is_found_too(tmp_path, caplog):
+    caplog.set_level("INFO")
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.2)).save_pretrained(tmp_path / "m")
+    policy = load(tmp_path / "m", "eager")
+    assert {module.p for module in policy.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    assert "resid_pdrop=0.2" in caplog.text and "embd_pdrop=0.1" in caplog.text
+    outer = PretrainedConfig()
+    outer.text_config = LlamaConfig(attention_dropout=0.3)
+    outer.drop_path_rate, outer.token_drop, outer.use_dropout = 0.25, "random", True
+    assert sorted(without_dropout(outer)) == ["attention_dropout=0.3", "drop_path_rate=0.25"]
+    assert (outer.text_config.attention_dropout, outer.drop_path_rate, outer.use_dropout) == (0.0, 0.0, True)
 
 
 @pytest.mark.parametrize("key", ["final_logit_softcapping", "logits_scaling", "logit_scale"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from producer_stage import EVAL_PROMPTS, ids, make_config, render, running, tickets
 
-from fastreason.errors import EngineError
+from fastreason.errors import EngineError, StuckError
 from fastreason.exchange import write_weights
 from fastreason.rollout.sampling import group_seed
 from fastreason.types import Grade, Prompt
@@ -279,6 +279,19 @@ def test_a_failed_evaluation_leaves_the_connection_usable():
             run.client.evaluate("before")
         run.engine.failing.clear()
         assert run.client.evaluate("before").num_prompts == 4
+
+
+def test_a_wait_that_is_too_long_names_who_is_at_work(monkeypatch):
+    monkeypatch.setattr("fastreason.rollout.producer.SAY_S", 0.1)
+    with running(make_config(staleness=0), prepare=lambda run: run.engine.held.add("t1")) as run:
+        run.client._timeout_s = 1.0
+        run.client.start(0, 0, None)
+        with pytest.raises(StuckError, match=r"It last said that it waits for the fake engine's responses to 1 prompt"):
+            run.client.next_batch()
+        run.producer.note("engine_lost", "its connection broke")
+        assert run.producer._awaited().startswith("the fake engine, which is lost (its connection broke) and the fake")
+        run.producer.note("engine_back", "1 s")
+        assert "lost" not in run.producer._awaited()
 
 
 def test_it_ends_when_the_trainer_is_gone():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastreason.config import Config
-from fastreason.errors import ConfigError
+from fastreason.errors import ConfigError, EngineError
 from fastreason.exchange import SumDigest, digest_file
 from fastreason.rollout import vllm_server
 from fastreason.rollout.connection import Answer
@@ -332,6 +332,28 @@ def test_a_broadcast_is_asked_for_joined_and_proved_also_by_the_next_server(tmp_
             assert report["checksum"] == update.checksum
         assert len(groups) == number + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights-000001.manifest"]
+
+
+def test_a_trainer_that_cannot_broadcast_says_so_at_both_ends(tmp_path):
+    """In place of an engine that is waited for until it is taken for a hanging one."""
+
+    def open_group(port, world_size):
+        raise RuntimeError("no route to the engine")
+
+    publisher = BroadcastPublisher(tmp_path, torch.float32, torch.device("cpu"), open_group)
+    update, source = publisher.write(Source(), 1), Source()
+
+    class Waiting(Engine):
+        async def ask(self, path, body=None, limit_s=None):
+            if path == "/init_weight_transfer_engine":
+                await asyncio.sleep(50)
+            return await super().ask(path, body, limit_s)
+
+    with pytest.raises(EngineError, match=r"could not send its weights: RuntimeError: no route to the engine"):
+        asyncio.run(BroadcastTransfer(num_workers=1).prepare(Waiting(lambda info: []), update))
+    with pytest.raises(EngineError, match=r"cannot send weights any more: RuntimeError: no route to the engine"):
+        publisher.write(source, 2)
+    assert source.passed == 0
 
 
 def test_a_new_file_is_written_into_the_pages_of_the_oldest(tmp_path):

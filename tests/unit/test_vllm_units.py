@@ -206,6 +206,17 @@ def test_an_engine_that_cannot_tell_leaves_the_older_stamp():
     assert stamps.end("t1.0~1") == [Mark(0, 0)]
 
 
+def test_a_request_that_was_preempted_at_an_update_is_stamped_too_old_rather_than_too_new():
+    """Absent, it may have sampled tokens; present again at the next update, all before that count as of its issue."""
+    stamps = Stamps()
+    stamps.begin("t1.0~1", 3)
+    stamps.begin("t2.0~2", 3)
+    stamps.switch({"generate-tokens-t2.0~2-8f": 1}, 4, num_resumes=6, forgets_preempted=True)
+    stamps.switch({"generate-tokens-t1.0~1-9a": 2}, 5, num_resumes=7, forgets_preempted=True)
+    assert stamp_versions(stamps.end("t1.0~1"), 4, num_resumes=8) == [3, 3, 5, 5]
+    assert stamp_versions(stamps.end("t2.0~2"), 3, num_resumes=8) == [3, 4, 4]
+
+
 # Logs
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastreason.exchange import EXCHANGE_VARIABLE, write_weights
-from fastreason.rollout.vllm_worker import WeightWorker, count_tokens
+from fastreason.rollout.vllm_worker import WeightWorker, count_tokens, forgets_preempted
 
 
 class PackedHead:
@@ -78,6 +78,7 @@ def test_weights_are_loaded_proved_and_reported(exchange):
         "num_tensors": 3,
         "held_bytes": 8 * 4,
         "tokens_before": {"generate-tokens-t1.0-ab": 3},
+        "forgets_preempted": False,
     }
 
 
@@ -159,6 +160,9 @@ def test_tokens_are_counted_in_either_model_runner():
         prompt_len=SimpleNamespace(np=torch.tensor([5, 0, 3]).numpy()),
     )
     assert count_tokens(SimpleNamespace(req_states=states)) == {"a": 6, "b": 0}
+    # The one with `requests` keeps those that are preempted.
+    assert not forgets_preempted(SimpleNamespace(requests=requests))
+    assert forgets_preempted(SimpleNamespace(req_states=states))
     assert count_tokens(SimpleNamespace()) is None
 
 

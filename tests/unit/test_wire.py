@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -67,6 +68,7 @@ ANSWERS = [
     wire.Done(),
     wire.Failure("the engine broke"),
 ]
+WAITING = wire.Waiting("the graders with the responses to 3 prompt(s)")
 
 
 @pytest.fixture
@@ -128,6 +130,32 @@ def test_a_wait_that_is_too_long_says_for_what(ends):
         wire.Connection(ends[0]).receive(0.2, "loading version 3")
     assert isinstance(caught.value, TimeoutError)
     assert "logs/producer.log" in str(caught.value)
+
+
+def test_a_wait_that_is_too_long_names_what_the_producer_waits_for_itself(ends):
+    """Its words are no answer, and renew no limit."""
+
+    def talk():
+        with suppress(OSError):
+            while True:
+                ends[1].sendall(wire.encode(WAITING))
+                time.sleep(0.2)
+
+    threading.Thread(target=talk, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(StuckError, match=r"It last said that it waits for the graders with the responses to 3 prompt"):
+        wire.Connection(ends[0]).receive(1.0, "generating")
+    assert time.monotonic() - started < 10
+
+
+def test_what_the_producer_said_before_its_answer_is_passed_over_and_forgotten(ends):
+    connection = wire.Connection(ends[0])
+    for message in (WAITING, WAITING, wire.Done()):
+        ends[1].sendall(wire.encode(message))
+    assert connection.receive(5.0, "a test") == wire.Done()
+    with pytest.raises(StuckError) as caught:
+        connection.receive(0.2, "loading version 3")
+    assert "last said" not in str(caught.value)
 
 
 def test_half_an_answer_is_waited_for_no_longer_than_a_whole_one(ends):
