@@ -348,6 +348,10 @@ class TrainConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    dither: bool = Field(
+        default=True,
+        description="bfloat16: fp32 master weights start anywhere in the cell that rounds to the weight, not in its middle",
+    )
     micro_batch_tokens: int = Field(
         8192, ge=1, description="tokens (padding included) per forward and backward, per rank"
     )

@@ -27,12 +27,15 @@ from fastreason.critic import ValueLoss
 from fastreason.losses.preference import PairSpec
 from fastreason.packing import MicroBatch
 from fastreason.policy import LossSpec, policy_spec, score_batch
+from fastreason.update.dither import dither_
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
 log = logging.getLogger(__name__)
 
 MAX_BUCKET = 200_000_000  # elements per reduction
+# Where DeepSpeed's optimizers keep this rank's flat fp32 weights: bf16 at stage 1, stages 1 and 2, stage 3.
+MASTERS = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 GATHER_BYTES = 512 << 20  # ZeRO-3: weights are gathered in buckets of about this size
 
 
@@ -109,6 +112,15 @@ class Trained:
         )
         self._device = device
         self._unwrapped = self.engine.optimizer is optimizer
+        if train.dither and dtype == "bfloat16":
+            self._dither()
+
+    def _dither(self) -> None:
+        """Spread the fp32 master weights over the cells that round to the weights; a checkpoint brings its own."""
+        masters = next(getattr(self.optimizer, name) for name in MASTERS if hasattr(self.optimizer, name))
+        generator = torch.Generator(masters[0].device).manual_seed(self.rank)
+        for master in masters:
+            dither_(master.data, generator)
 
     def _update(
         self, batches: list[MicroBatch], forward: Callable[[MicroBatch], tuple[Tensor, Any]], denominator: float

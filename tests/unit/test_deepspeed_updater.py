@@ -242,6 +242,11 @@ def job_bfloat16() -> dict[str, Any]:
             part.advantages_N *= 1 / 1000
         summed = updater.update(parts, spec(), TEMPERATURE, 1.0).grad_norm
         found[f"zero-{stage}"] = {"before": before, "after": after, "one": one, "whole": whole, "summed": summed}
+        for dither in (True, False):
+            updater = make_updater(stage, tiny_model(torch.bfloat16), "bfloat16", 200, **constant, dither=dither)
+            start = whole_weights(updater)
+            updater.update(batches, spec(), TEMPERATURE, 1.0)
+            found[f"zero-{stage}"][f"dither {dither}"] = start, whole_weights(updater)
     return found
 
 
@@ -468,6 +473,26 @@ def test_updates_below_bf16_resolution_accumulate(one_rank, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_dithered_masters_let_a_first_update_through_in_the_mean(one_rank, stage):
+    found = one_rank["bfloat16"][f"zero-{stage}"]
+    lr, moved = 3e-6, {}
+    for dither in (True, False):
+        start, after = found[f"dither {dither}"]
+        assert all(torch.equal(start[name], weight) for name, weight in found["before"].items()), (
+            "the start is the model"
+        )
+        # Adam's first update is lr for every weight with a gradient; these are so large that bf16 resolves 10 lr and more.
+        large = {
+            name: weight.abs() > 0.008 for name, weight in start.items() if "norm" not in name and "embed" not in name
+        }
+        moves = torch.cat([(after[n].float() - start[n].float()).abs()[mask] for n, mask in large.items()])
+        assert len(moves) > 1000
+        moved[dither] = float(moves.mean()) / lr
+    assert moved[False] == 0
+    assert moved[True] == pytest.approx(1, abs=0.25)
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_gradients_of_bf16_micro_batches_are_summed_in_fp32(one_rank, stage):
     """g + 100 * g / 1000 = 1.1 g; in bf16 each thousandth is less than half a unit of the sum and is lost."""

@@ -1,0 +1,28 @@
+"""Where fp32 master weights start. It owns one function and knows neither models nor engines.
+
+A model is loaded from bf16 weights, so its fp32 masters start in the middle of the cells that round to them, and updates that
+sum to less than half a cell change nothing that a forward sees: at a learning rate of 3e-5 a first update moves no weight
+above 0.008. Started anywhere in its cell, a weight crosses with probability (update / cell), so that what the forward sees
+moves by the update in the mean, from the first one on.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # elements: the temporaries stay small beside the weights
+
+
+@torch.no_grad()
+def dither_(weights: Tensor, generator: torch.Generator) -> None:
+    """Add noise to fp32 weights, in place, that does not change what they round to in bf16.
+
+    w + u ulp(w), u ~ U(-1/2, 1/2), ulp the distance from w to the next bf16 number away from zero. A sum that rounds to another
+    number (below a power of two the cell is narrower) leaves w as it is, and so does a w that is 0 or no bf16 number.
+    weights: fp32, any shape, contiguous. generator: of their device.
+    """
+    for chunk in weights.view(-1).split(CHUNK):
+        away = (chunk.view(torch.int32) + 0x10000).view(torch.float32)
+        noise = torch.rand(chunk.shape, generator=generator, device=chunk.device).sub_(0.5).mul_(away - chunk)
+        moved = noise.add_(chunk)
+        kept = (moved.bfloat16().float() == chunk) & (chunk != 0)
+        chunk.copy_(torch.where(kept, moved, chunk))
