@@ -166,7 +166,7 @@ class TrainRun:
         self._read()
         return code
 
-    def run(self, *arguments: str, timeout_s: float = 120, resume: Path | None = None) -> int:
+    def run(self, *arguments: str, timeout_s: float = 300, resume: Path | None = None) -> int:
         self.start(*arguments, resume=resume)
         return self.wait(timeout_s)
 
@@ -190,7 +190,7 @@ class TrainRun:
         self._log.seek(0)
         self.output = self._log.read()
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 90, what: str = "the condition") -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 240, what: str = "the condition") -> None:
         """Wait for something to become true of the running command."""
         assert self.process is not None
         deadline = time.monotonic() + timeout_s
@@ -300,7 +300,7 @@ def run_maker(tmp_path: Path, model: Path, problems: Path) -> Iterator[Callable[
         folder = tmp_path / f"at{next(numbers)}"
         folder.mkdir()
         config: dict[str, Any] = {
-            "run": {"name": f"r{uuid.uuid4().hex[:8]}", "dir": str(folder / "runs"), "timeout_s": 60},
+            "run": {"name": f"r{uuid.uuid4().hex[:8]}", "dir": str(folder / "runs"), "timeout_s": 150},
             "model": {"path": str(model), "dtype": "float32"},
             "data": {"source": "file", "path": str(problems), "max_prompt_tokens": 64},
             "reward": {"functions": {"user_reward_of_the_test:even": 1.0}},

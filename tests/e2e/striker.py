@@ -26,7 +26,7 @@ VARYING = (
     "time/", "memory/", "rollout/tok_per_s", "train/tok_per_s", "staleness/", "rollout/staleness",
     "rollout/engine_restarts", "rollout/producer_restarts",
 )  # fmt: skip
-LIMIT_S = {"fake": 150.0, "vllm": 600.0}  # for a single event, on a machine that has other things to do as well
+LIMIT_S = {"fake": 400.0, "vllm": 600.0}  # for a single event, on a machine that has other things to do as well
 
 
 def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class Striker:
     ) -> None:
         token_s = 0.05 if engine == "fake" else 0.0
         self.run = make(
-            run={"hang_timeout_s": hang_timeout_s, "timeout_s": 240},
+            run={"hang_timeout_s": hang_timeout_s, "timeout_s": 500},
             rollout={
                 "engine": engine, "max_staleness": staleness, "order": "issued", "fake_token_s": token_s,
                 "max_new_tokens": 8 if engine == "fake" else 64, **(rollout or {}),

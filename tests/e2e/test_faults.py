@@ -15,7 +15,7 @@ from striker import LIMIT_S, PHASES, VICTIMS, Striker
 
 from fastreason.ledger import read_ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 VLLM = [pytest.mark.faults, pytest.mark.vllm, pytest.mark.timeout(1800)]
 ENGINES = [pytest.param("fake", id="fake"), pytest.param("vllm", id="vllm", marks=VLLM)]
@@ -29,7 +29,7 @@ def undisturbed(small_run: Callable[..., Any]) -> Future[list[dict[str, Any]]]:
         # Nobody hangs there, and a reward that came late on a busy machine would be another reward.
         quiet = Striker(small_run, "fake", staleness=0, hang_timeout_s=60, deadline_s=60.0, steps=40)
         quiet.run.environment.clear()
-        assert quiet.run.run(timeout_s=250) == 0, quiet.run.output + quiet.run.logs()
+        assert quiet.run.run(timeout_s=700) == 0, quiet.run.output + quiet.run.logs()
         return quiet.run.metrics()
 
     pool = ThreadPoolExecutor(1)

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 CLOCKED = ("time/", "memory/", "train/tok_per_s")
 ONLINE = ("reward", "rollout", "data")

@@ -11,7 +11,7 @@ import pytest
 from fastreason.cli import main
 from fastreason.replay import count_batches, read_batch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 CLOCKED = ("time/", "memory/", "rollout/tok_per_s", "train/tok_per_s")
 # What the producer counts: a trainer without one has none of it.

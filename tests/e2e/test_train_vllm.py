@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(700)]
 
 VLLM = {"engine": "vllm", "max_new_tokens": 12, "samples_per_prompt": 4, "startup_timeout_s": 150}
 
@@ -34,7 +34,7 @@ def test_two_steps_with_a_double_buffer(train_run):
         train={"steps": 2, "prompts_per_step": 4},
         eval={"num_prompts": 4},
     )
-    assert run.run(timeout_s=240) == 0, run.output + run.logs()
+    assert run.run(timeout_s=600) == 0, run.output + run.logs()
     assert_nothing_left(run)
     summary = json.loads((run.run_dir / "summary.json").read_text())
     assert (summary["engine"], summary["updater"], summary["steps"]) == ("vllm", "deepspeed", 2)
@@ -52,7 +52,7 @@ def test_a_port_in_use_fails_before_a_model_loads(train_run):
         taken.listen()
         port = taken.getsockname()[1]
         run = train_run(rollout={**VLLM, "port": port})
-        assert run.run(timeout_s=60) in (1, 2), run.output + run.logs()
+        assert run.run(timeout_s=150) in (1, 2), run.output + run.logs()
     assert_one_clear_message(run, f"rollout.port={port}", "in use", "0 for any free one")
     assert run.left_behind(1) == [] and list(run.tmp.iterdir()) == []
     assert not list((run.folder / "runs").glob("*/logs/*.log")), "a process was started"
@@ -68,7 +68,7 @@ def broken_model(start: Path, folder: Path) -> Path:
 
 def test_a_model_that_does_not_load_is_one_clear_message(train_run, tiny_model, tmp_path):
     run = train_run(rollout=VLLM, model={"path": str(broken_model(tiny_model, tmp_path / "broken"))})
-    assert run.run(timeout_s=150) == 1, run.output + run.logs()
+    assert run.run(timeout_s=300) == 1, run.output + run.logs()
     assert_one_clear_message(run)
     assert_nothing_left(run)
 
@@ -76,6 +76,6 @@ def test_a_model_that_does_not_load_is_one_clear_message(train_run, tiny_model, 
 @pytest.mark.faults  # the reason's words are tested on a recorded log; this takes half a minute for the log to be real
 def test_too_large_a_cache_is_said_to_be_memory(train_run):
     run = train_run(rollout={**VLLM, "kv_cache_gib": 100_000})
-    assert run.run(timeout_s=150) == 1, run.output + run.logs()
+    assert run.run(timeout_s=300) == 1, run.output + run.logs()
     assert_one_clear_message(run, "vLLM server", "rollout.kv_cache_gib", "engine.log", "  | ")
     assert_nothing_left(run)

@@ -24,7 +24,7 @@ from fastreason.rollout.server import LOOPBACK, EngineServer, new_key
 from fastreason.rollout.vllm import VllmEngine, make_server
 from fastreason.types import Completion, SamplingParams, WeightUpdate
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CLOSE = 2e-5  # nats
 EOS = 1  # of the tiny tokenizer

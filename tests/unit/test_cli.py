@@ -22,7 +22,7 @@ from fastreason.types import Grade, Group, Prompt, Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fastreason.rollout import wire
 from fastreason.rollout.client import ProducerClient
 from fastreason.types import LoadReport, WeightUpdate
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(90)
 
 READY = wire.Ready(engine="fake", num_train_prompts=1, num_eval_prompts=0)
 BATCH = wire.Batch(groups=[], generate_s=1.0, grade_s=0.0, figures={})

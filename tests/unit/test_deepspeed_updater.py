@@ -363,12 +363,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("one"), 1, list(JOBS), 240)
+    return launch(tmp_path_factory.mktemp("one"), 1, list(JOBS), 540)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("two"), 2, ["stages", "untied", "resume", "skip"], 240)
+    return launch(tmp_path_factory.mktemp("two"), 2, ["stages", "untied", "resume", "skip"], 540)
 
 
 def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from fastreason.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if "\ndistill:" in p.read_text()]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def lines(path):

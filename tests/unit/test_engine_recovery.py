@@ -27,7 +27,7 @@ from fastreason.rollout.vllm import VllmEngine
 from fastreason.rollout.vllm_middleware import INSTANCE_VARIABLE, KEY_VARIABLE
 from fastreason.types import SamplingParams, WeightUpdate
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 KEY = "s3cret"
 TOKENS, EOS = list(range(3, 200)), 1

@@ -19,7 +19,7 @@ from fastreason.rollout.server import new_key
 from fastreason.rollout.vllm import VllmEngine
 from fastreason.types import SamplingParams, WeightUpdate
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 KEY = new_key()
 TOKENS, EOS = list(range(3, 200)), 1

@@ -16,7 +16,7 @@ from fastreason.rollout import books
 FOLDER = Path(__file__).resolve().parents[2] / "bench"
 STEPS = 50  # the first step, which nothing can overlap, is up to 2 % of that
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from fastreason.processes import remove_segments, spawn, tail
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 
 def wait_for(condition, what, limit_s=15.0):

@@ -17,7 +17,7 @@ from fastreason.exchange import write_weights
 from fastreason.rollout.sampling import group_seed
 from fastreason.types import Grade, Prompt
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_it_says_what_it_has():

@@ -22,7 +22,7 @@ from fastreason.rollout import wire
 from fastreason.rollout.client import ProducerClient
 from fastreason.rollout.spool import decode_state
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_state_before_the_first_batch_holds_all_that_was_issued():

@@ -27,7 +27,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(400)
 def test_a_rank_that_does_not_come_is_reported():
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "False"}
     with socket.socket() as probe:

@@ -30,7 +30,7 @@ from fastreason.report.run import describe_overlap, describe_run, overlap_effici
 from fastreason.report.timeline import choose_window, draw_timeline, read_piece
 from fastreason.trace import Trace
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 
 def row(step, generate=10.0, train=8.0, total=None, **extra):

@@ -12,7 +12,7 @@ from fastreason.config import parse_config
 from fastreason.errors import ConfigError
 from fastreason.run_folder import held, write_config
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 SHARE = "import sys; from fastreason.run_folder import share; share(sys.argv[1]); print('shared', flush=True); input()"
 

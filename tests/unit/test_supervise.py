@@ -19,7 +19,7 @@ from fastreason.processes import spawn
 from fastreason.session import Outcome, Session, read_outcome, request_restart, take_restart_request, write_outcome
 from fastreason.supervise import Part, StopRequest, Supervisor, killed_rank
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 LIVES = "import time; time.sleep(60)"
 BEATS = """

@@ -14,7 +14,7 @@ import pytest
 from fastreason import trace
 from fastreason.trace import MAX_ROWS, Rows, Trace, merge_trace, read_events
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 
 def lines_of(run_dir, process):

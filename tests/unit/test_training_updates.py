@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-TIMEOUT_S = 200
+TIMEOUT_S = 540
 # Products of a head this wide round differently for other numbers of rows, so that a wrong split of rows shows.
 VOCABULARY, WIDTH = 1000, 256
 LAYOUTS = ("padded", "packed", "shared")

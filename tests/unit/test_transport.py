@@ -24,7 +24,7 @@ from fastreason.sync import BroadcastPublisher, HandlePublisher, Publisher, make
 from fastreason.transport import check_transport, exchange_parents, read_manifest
 from fastreason.types import WeightUpdate
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(400)
 
 
 def config(train_gpus=None, **rollout):

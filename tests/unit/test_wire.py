@@ -13,7 +13,7 @@ from fastreason.errors import InterruptedWaitError, PeerLostError, StuckError
 from fastreason.rollout import wire
 from fastreason.types import EvalResult, Grade, Group, LoadReport, Prompt, Sample, WeightUpdate
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(90)
 
 UPDATE = WeightUpdate(path="/dev/shm/x", version=3, checksum="ab", num_bytes=12)
 GROUP = Group(
