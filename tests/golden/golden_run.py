@@ -190,7 +190,9 @@ def make_parts(row: str, folder: Path, resume: bool) -> Any:
     config = make_config(row, folder / "model")
     algorithm, device = resolve_algorithm(config), torch.device("cpu")
     policy = load_policy(folder / "model", config.model, "cpu", "sdpa", liger=False)
-    session: Any = SimpleNamespace(model_dir=str(folder / "model"), attention="sdpa", liger=False)
+    session: Any = SimpleNamespace(
+        model_dir=str(folder / "model"), teacher_dir=config.teacher.path, critic_dir=None, attention="sdpa", liger=False
+    )
     checkpoints = CheckpointStore(folder, 1, False)
     return Parts(
         config=config,
