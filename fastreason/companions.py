@@ -125,6 +125,7 @@ def load_critic(session: Session, config: Config, device: torch.device) -> Criti
         folder = Path(session.critic_dir or session.model_dir)
         module = load_value_model(folder, model, str(device), session.attention, session.liger)
     keys = {"lr": critic.lr, "weight_decay": critic.weight_decay, "max_grad_norm": critic.max_grad_norm}
-    train = config.train.model_copy(update={**keys, "lr_schedule": "constant", "warmup_steps": 0})
+    constant = {"lr_schedule": "constant", "warmup_steps": 0, "warmup_share": 0.0}
+    train = config.train.model_copy(update={**keys, **constant})
     engine = DeepSpeedCritic(module, train, config.model.dtype, num_updates(config))
     return Critic(engine, critic.value_clip, critic.warmup_steps)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastreason import companions, launch
 from fastreason.algorithms import resolve_algorithm
-from fastreason.companions import load_target, resolve_companions
+from fastreason.companions import load_critic, load_target, resolve_companions
 from fastreason.config import parse_config
 from fastreason.errors import ConfigError, ModelError
 from fastreason.preflight import Decisions, anchor_paths, check_critic, check_teacher
@@ -229,6 +229,19 @@ def test_a_critic_on_the_hub_is_fetched_by_the_launcher_too(tmp_path, model, hub
     (critic / "config.json").write_text(json.dumps({"max_position_embeddings": 1039}))
     with pytest.raises(ConfigError, match=r"max_position_embeddings=1039 of the model of critic\.path"):
         session_of(with_critic(model, "nobody/critic"), tmp_path)
+
+
+def test_the_rate_of_a_critic_is_its_own_and_constant(tmp_path, model, monkeypatch):
+    """Whatever the policy's does."""
+    made = with_critic(model, model, lr=3e-5)
+    raw = made.model_dump()
+    raw["train"] |= {"lr": 1e-6, "lr_schedule": "linear", "warmup_share": 0.25}
+    given = []
+    monkeypatch.setattr(companions, "load_value_model", lambda *arguments: None)
+    monkeypatch.setattr("fastreason.update.deepspeed.DeepSpeedCritic", lambda module, train, *rest: given.append(train))
+    load_critic(session_of(made, tmp_path), parse_config(raw), None)
+    (train,) = given
+    assert (train.lr, train.lr_schedule, train.warmup_steps, train.warmup_share) == (3e-5, "constant", 0, 0.0)
 
 
 def test_each_tokenizer_may_run_the_code_that_its_own_key_trusts(tmp_path, model, monkeypatch):
