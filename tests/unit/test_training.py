@@ -451,6 +451,17 @@ def test_a_coefficient_rests_where_its_term_acted_on_nothing():
     assert [measured(batch, number)["kl/coef"] for number in range(2)] == pytest.approx([0.5, 0.5 * (1 - 0.2 * 2 / 60)])
 
 
+@pytest.mark.parametrize(("silent", "error"), [(frozenset(), 0.2), (frozenset({1, 2, 3}), -0.2)])
+def test_a_coefficient_adapts_to_the_tokens_that_its_term_acts_on(silent, error):
+    """Policy and target agree on the fourth token alone: where the others are silent, the KL is 0, below its goal."""
+    keys = {"kl": "k3", "kl_coef": 0.5, "kl_schedule": "adaptive", "kl_goal": 0.01, "kl_horizon": 60}
+    batch = [group(0, sample(1.0, 4), sample(-1.0, 4))]
+    step = make_step(Updater(), prompts=1, algorithm=keys, target=Target(), silent=silent)
+    first, second = step(batch, 0), step(batch, 1)
+    assert (first["kl/reference"] == 0.0) is bool(silent)
+    assert second["kl/coef"] == pytest.approx(0.5 * (1 + error * 2 / 60))
+
+
 class Values:
     """A critic that says 0.25 everywhere before the step, and keeps what it is to learn."""
 
