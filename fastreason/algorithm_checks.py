@@ -66,8 +66,8 @@ def check_ratio(algorithm: "ResolvedAlgorithm", config: Config) -> None:
         require_use(wanted, key, clips, "a ratio, and a gate other than sapo")
     for key in ("sapo_tau_pos", "sapo_tau_neg"):
         require_use(wanted, key, spec.gate == "sapo", "algorithm.gate=sapo")
-    compares = spec.ratio != "none" or spec.importance != "none"
-    require_use(wanted, "ratio_against", compares, "a ratio or importance weights")
+    compares = spec.ratio != "none" or spec.importance != "none" or algorithm.kl.weight == "ratio"
+    require_use(wanted, "ratio_against", compares, "a ratio, importance weights or algorithm.kl_weight=ratio")
     require_use(wanted, "entropy_step", wanted.entropy_goal is not None, "algorithm.entropy_goal")
 
 
@@ -119,6 +119,7 @@ def check_kl(algorithm: "ResolvedAlgorithm", config: Config) -> None:
                 f"algorithm.kl{'' if name == 'estimator' else '_' + name}={value}",
             )
     require_use(wanted, "kl_mask_mean", term.mask != "none", "algorithm.kl_mask other than none")
+    require_use(wanted, "kl_weight", term.weighable, "algorithm.kl=k2 or k3 and algorithm.kl_place=loss")
     if term.estimator == "none":
         return
     if wanted.kl_coef is None and not term.coef:
@@ -174,24 +175,45 @@ def check_kl_place(algorithm: "ResolvedAlgorithm", config: Config) -> None:
 def algorithm_warnings(algorithm: "ResolvedAlgorithm", config: Config) -> list[str]:
     """What a person should know of a config that passed every check, before it runs; empty where there is nothing.
 
-    An estimate of the KL on sampled tokens is one of the policy that sampled them. In the advantage or the reward it is
-    weighted by the policy term's ratio; in the loss by nothing. Over the vocabulary it needs no weight for a token.
+    An estimate of the KL on sampled tokens is one of the policy that sampled them. In the advantage or the reward the weights
+    of the policy term are its own, in the loss kl_weight gives them. Over the vocabulary it needs none for a token.
     """
-    term, train, staleness = algorithm.kl, config.train, config.rollout.max_staleness
-    num_updates = train.prompts_per_step // updates_prompts(config)
-    if not (term.active and term.place == "loss" and term.sampled) or (staleness == 0 and num_updates == 1):
+    term = algorithm.kl
+    causes = _uncorrected(algorithm, config) if term.active and term.sampled else []
+    if not causes:
         return []
-    causes = [f"rollout.max_staleness={staleness}"] if staleness else []
-    if num_updates > 1:
+    sampled = algorithm.ratio_against == "sampler" or algorithm.spec.importance != "none"
+    against = "algorithm.ratio_against=sampler, or algorithm.importance=truncate"
+    if term.place != "loss":
+        ways = "algorithm.ratio=token" if algorithm.spec.ratio == "none" else against
+    elif term.weight == "none":
+        ways = "algorithm.kl_weight=ratio" if sampled else f"algorithm.kl_weight=ratio with {against}"
+    else:
+        ways = against
+    return [
+        f"warning: algorithm.kl={term.estimator} with algorithm.kl_place={term.place} and {' and '.join(causes)}: some tokens "
+        "are of an older policy, and the KL term is not weighted by their ratio to it, so that its gradient is biased (as in "
+        f"most published code). Use {ways}; or rollout.max_staleness=0 and train.prompts_per_update=null."
+    ]
+
+
+def _uncorrected(algorithm: "ResolvedAlgorithm", config: Config) -> list[str]:
+    """Why a KL term's tokens may be of another policy than its weights know of: keys with their values.
+
+    Against the trainer's own log-probabilities a ratio knows of the step's updates alone, an importance weight of the rest.
+    """
+    train, staleness, spec = config.train, config.rollout.max_staleness, algorithm.spec
+    in_loss = algorithm.kl.place == "loss"
+    rated = algorithm.kl.weight == "ratio" if in_loss else spec.ratio != "none"
+    weighed = spec.importance != "none" and (rated or not in_loss)
+    causes = []
+    if staleness and not weighed and not (rated and algorithm.ratio_against == "sampler"):
+        causes.append(f"rollout.max_staleness={staleness}")
+    if train.prompts_per_step // updates_prompts(config) > 1 and not rated:
         causes.append(
             f"train.prompts_per_update={train.prompts_per_update} of train.prompts_per_step={train.prompts_per_step}"
         )
-    return [
-        f"warning: algorithm.kl={term.estimator} with algorithm.kl_place=loss and {' and '.join(causes)}: some tokens are of "
-        "an older policy, and the KL term is not weighted by their ratio, so that its gradient is biased (as in most published "
-        "code). For the exact one use rollout.max_staleness=0 and train.prompts_per_update=null, or algorithm.kl=k1 with "
-        "algorithm.kl_place=advantage, or algorithm.kl=exact."
-    ]
+    return causes
 
 
 def check_kind(algorithm: "ResolvedAlgorithm", config: Config) -> None:

@@ -120,8 +120,8 @@ class ResolvedAlgorithm:
         spec = replace(self.spec, entropy_coef=self.entropy.coefficient(state))
         if not (self.kl.active and self.kl.place == "loss" and self.kl.sampled):
             return spec
-        changes: dict[str, Any] = {"kl": self.kl.estimator, "kl_coef": self.kl.coefficient(step, state)}
-        return replace(spec, **changes)
+        changes: dict[str, Any] = {"kl": self.kl.estimator, "kl_weight": self.kl.weight}
+        return replace(spec, kl_coef=self.kl.coefficient(step, state), **changes)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -173,14 +173,14 @@ ALGORITHMS: dict[str, Algorithm] = {
     "kdrl": Algorithm(
         advantage="grpo",
         loss="clip",
-        kl=KlTerm(estimator="k2", target="teacher", coef=2e-3),
+        kl=KlTerm(estimator="k2", target="teacher", coef=2e-3, weight="ratio"),
         paper="arXiv 2506.02208",
         min_group=2,
     ),
     "kd_rkl": Algorithm(
         advantage="reinforce",
         loss="clip",
-        kl=KlTerm(estimator="k2", target="teacher", coef=1.0),
+        kl=KlTerm(estimator="k2", target="teacher", coef=1.0, weight="ratio"),
         use_rewards=False,
         paper="arXiv 2506.02208",
     ),
@@ -221,7 +221,7 @@ def resolve_algorithm(config: Config) -> ResolvedAlgorithm:
 
 def _override_spec(spec: PolicyLossSpec, wanted: AlgorithmConfig) -> PolicyLossSpec:
     """The spec with the config's keys of the same names; its KL term is the step's, not the config's."""
-    names = {f.name for f in fields(PolicyLossSpec)} - {"kl", "kl_coef"}
+    names = {f.name for f in fields(PolicyLossSpec)} - {"kl", "kl_coef", "kl_weight"}
     changes = {k: v for k, v in wanted.model_dump().items() if k in names and v is not None}
     try:
         return replace(spec, **changes)
@@ -230,7 +230,8 @@ def _override_spec(spec: PolicyLossSpec, wanted: AlgorithmConfig) -> PolicyLossS
 
 
 def _override_kl(term: KlTerm, wanted: AlgorithmConfig) -> KlTerm:
-    """The term with the config's keys: kl is its estimator, kl_x its x."""
+    """The term with the config's keys: kl is its estimator, kl_x its x. A row's weight falls away where it could not act."""
     keys = {f.name: "kl" if f.name == "estimator" else f"kl_{f.name}" for f in fields(KlTerm)}
     values = {name: getattr(wanted, key) for name, key in keys.items()}
-    return replace(term, **{name: value for name, value in values.items() if value is not None})
+    term = replace(term, **{name: value for name, value in values.items() if value is not None})
+    return term if term.weighable else replace(term, weight="none")

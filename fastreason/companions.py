@@ -1,16 +1,17 @@
 """The models beside the policy in the trainer's processes: the frozen one that it is compared with, and a critic.
 
-A part of the composition root: it chooses which of them a run has, where their files are, and how their weights lie on the
-ranks. It refuses to decide what they are used for.
+A part of the composition root: it chooses which of them a run has, where their files are (the launcher asks, the ranks are
+told), and how their weights lie on the ranks. It refuses to decide what they are used for.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from fastreason.algorithms import ResolvedAlgorithm
+from fastreason.algorithms import ResolvedAlgorithm, resolve_algorithm
 from fastreason.config import Config, ModelConfig, num_updates
 from fastreason.critic import Critic, load_value_model
 from fastreason.errors import ModelError
@@ -39,23 +40,54 @@ def teacher_model(config: Config) -> ModelConfig:
     return config.model.model_copy(update={key: getattr(teacher, key) for key in keys})
 
 
-def ends_of_one_model(session: Session, config: Config, algorithm: ResolvedAlgorithm) -> frozenset[int]:
-    """Ends of a response that policy and teacher do not share.
+class Resolved(NamedTuple):
+    """What a session knows of the models beside the policy: local folders, and ends of a response that are not shared."""
 
-    Raises ConfigError where their vocabularies differ, or the teacher's positions end before a response can. Of a teacher on
-    the hub it fetches the tokenizer alone.
+    teacher_dir: str | None = None
+    critic_dir: str | None = None
+    silent_ids: tuple[int, ...] = ()
+
+
+def resolve_companions(config: Config, model_dir: Path, only: str | None = None) -> Resolved:
+    """Find, convert or download what an online run needs beside the policy in `model_dir`; for the launcher, once.
+
+    The processes of a run have no network. The teacher's tokenizer comes first, alone, so that nothing large is fetched for
+    one that cannot be compared; the weights of one that is served never. only: as in `Session`. Raises ModelError where a
+    model is not there, ConfigError where vocabularies differ or positions end before a response can.
     """
-    if algorithm.kl.estimator == "none" or algorithm.kl.target != "teacher":
-        return frozenset()
+    algorithm, trains = resolve_algorithm(config), only != "rollout"
+    served = config.teacher.where == "server"
+    teacher = critic = None
+    silent: frozenset[int] = frozenset()
+    if compares_with_teacher(algorithm) and (trains or served):
+        silent = check_teacher_tokens(config, model_dir)
+        if not served:
+            with described_by("teacher.path"):
+                teacher = str(resolve_model(teacher_model(config)))
+    if algorithm.critic and config.critic.path is not None and trains:
+        with described_by("critic.path"):
+            folder = resolve_model(config.model.model_copy(update={"path": config.critic.path}))
+            max_model_len(config, read_model_config(folder), "critic.path")
+        critic = str(folder)
+    return Resolved(teacher, critic, tuple(sorted(silent)))
+
+
+def check_teacher_tokens(config: Config, model_dir: Path) -> frozenset[int]:
+    """Ends of a response that policy and teacher do not share, from the teacher's tokenizer and config alone."""
     with described_by("teacher.path"):
         folder = resolve_model(teacher_model(config), weights=False)
         max_model_len(config, read_model_config(folder), "teacher.path")
     return check_same_vocabulary(
-        Path(session.model_dir),
+        model_dir,
         folder,
         trust_code=config.model.trust_remote_code,
         trust_teacher_code=config.teacher.trust_remote_code,
     )
+
+
+def compares_with_teacher(algorithm: ResolvedAlgorithm) -> bool:
+    """Whether a teacher's log-probabilities are wanted: for a gradient, or with a coefficient of 0 for figures."""
+    return algorithm.kl.estimator != "none" and algorithm.kl.target == "teacher"
 
 
 def load_target(
@@ -65,17 +97,16 @@ def load_target(
 
     A KL term whose coefficient is 0 has it loaded too: its figures are wanted then.
     """
-    compares = algorithm.kl.estimator != "none"
-    model, name, key = config.model, "reference", "model.path"
-    if compares and algorithm.kl.target == "teacher":
+    model, name, key, folder = config.model, "reference", "model.path", session.model_dir
+    if compares_with_teacher(algorithm):
         if config.teacher.where == "server":
             return None
-        model, name, key = teacher_model(config), "teacher", "teacher.path"
-    elif not (compares or algorithm.pairs):
+        assert session.teacher_dir is not None
+        model, name, key, folder = teacher_model(config), "teacher", "teacher.path", session.teacher_dir
+    elif algorithm.kl.estimator == "none" and not algorithm.pairs:
         return None
     with described_by(key):
-        folder = Path(session.model_dir) if name == "reference" else resolve_model(model)
-        scorer = load_frozen(folder, model, device, session.attention, session.liger, num_columns)
+        scorer = load_frozen(Path(folder), model, device, session.attention, session.liger, num_columns)
     if config.train.zero_stage < 3:
         return FrozenModel(scorer, device, name)
     from fastreason.update.deepspeed import divided_scorer
@@ -91,11 +122,10 @@ def load_critic(session: Session, config: Config, device: torch.device) -> Criti
     critic = config.critic
     model = config.model.model_copy(update={"path": critic.path or config.model.path})
     with described_by("critic.path" if critic.path else "model.path"):
-        folder = resolve_model(model) if critic.path else Path(session.model_dir)
-        if critic.path:
-            max_model_len(config, read_model_config(folder), "critic.path")
+        folder = Path(session.critic_dir or session.model_dir)
         module = load_value_model(folder, model, str(device), session.attention, session.liger)
     keys = {"lr": critic.lr, "weight_decay": critic.weight_decay, "max_grad_norm": critic.max_grad_norm}
-    train = config.train.model_copy(update={**keys, "lr_schedule": "constant", "warmup_steps": 0})
+    constant = {"lr_schedule": "constant", "warmup_steps": 0, "warmup_share": 0.0}
+    train = config.train.model_copy(update={**keys, **constant})
     engine = DeepSpeedCritic(module, train, config.model.dtype, num_updates(config))
     return Critic(engine, critic.value_clip, critic.warmup_steps)

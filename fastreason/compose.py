@@ -222,7 +222,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.beats import Beat
     from fastreason.checkpoint import CheckpointStore
-    from fastreason.companions import ends_of_one_model, load_critic, load_target
+    from fastreason.companions import load_critic, load_target
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
     from fastreason.policy import choose_layout, load_policy
@@ -237,7 +237,6 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
     algorithm = resolve_algorithm(config)
-    silent = ends_of_one_model(session, config, algorithm)
     policy = load_policy(
         Path(session.model_dir), config.model, str(device), attention=session.attention, liger=session.liger
     )
@@ -261,7 +260,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         resume_from=resume_from,
         target=load_target(session, config, algorithm, device, num_columns),
         critic=load_critic(session, config, device) if algorithm.critic else None,
-        silent=silent,
+        silent=frozenset(session.silent_ids),
     )
     if ranks.is_first:
         # A run that was ended before its first checkpoint goes on from step 0.

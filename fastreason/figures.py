@@ -56,8 +56,9 @@ class TokenTotals:
 
         ess = (sum w)^2 / (n sum w^2), the share of n equally weighted samples that would tell as much
 
-    The weights that `spec` puts on the policy term are of all updates, and so are the estimates of the KL to the model of
-    name `target`, over all tokens computed: k3 and k1, or the divergence itself over the tokens that its term acts on.
+    The weights that `spec` puts on the policy term are of all updates, and so is the KL to the model of name `target`, over
+    the tokens that its term acts on (not those that a mask of responses or a silent id leaves out): its estimates k3 and k1,
+    or the divergence itself.
     """
 
     SUMS = (
@@ -94,15 +95,15 @@ class TokenTotals:
     def _add_comparison(self, batch: MicroBatch, logp_N: Tensor, kl_N: Tensor, kept: Tensor) -> None:
         """Add the distance to the model that the run compares with; logp_N and kl_N are of the tokens in `kept`."""
         sums = self._sums
+        acted_N = torch.ones_like(logp_N) if batch.kl_weight_N is None else batch.kl_weight_N.cpu()[kept]
         if batch.ref_logp_N is not None:
             ref_logp_N = batch.ref_logp_N.cpu()[kept]
-            sums["compared"] += float(len(logp_N))
+            sums["compared"] += float(acted_N.sum())
             for name in ("k1", "k3"):
-                sums[name] += float(estimate(logp_N, ref_logp_N, name).double().sum())
+                sums[name] += float((estimate(logp_N, ref_logp_N, name) * acted_N).double().sum())
         if batch.divergence is not None:
-            acted = torch.ones_like(logp_N) if batch.kl_weight_N is None else batch.kl_weight_N.cpu()[kept]
-            sums["acted"] += float(acted.sum())
-            sums["term"] += float((kl_N * acted).double().sum())
+            sums["acted"] += float(acted_N.sum())
+            sums["term"] += float((kl_N * acted_N).double().sum())
 
     def _weights(self, batch: MicroBatch, output: PolicyLossOutput) -> tuple[Tensor, Tensor]:
         """([N] importance weight on the policy term, [N] bool: changed by its bounds)."""
@@ -169,7 +170,7 @@ class TokenTotals:
         }
 
     def _distance(self, total: dict[str, float]) -> dict[str, float]:
-        """kl/reference or kl/teacher: exact or by k3, and its k1; nothing where no response was compared."""
+        """kl/reference or kl/teacher: exact or by k3, and its k1; nothing where no token was compared."""
         name = f"kl/{self._target}"
         if total["acted"]:
             return {name: total["term"] / total["acted"]}

@@ -47,6 +47,8 @@ class KlTerm:
                in responses (arXiv 1909.08593).
     mask       which responses it acts on.  wrong: those that are not correct (a right one teaches itself).  wrong_group:
                those of groups without a correct one.  none: all.
+    weight     ratio: in the loss, each token's k2 or k3 times pi / behaviour and any importance weight, detached, so that
+               tokens of an older policy do not bias the gradient.  none: every token alike, as in most published code.
     mask_mean  all: divided as the loss is.  kept: by what the kept responses count, so that a mask does not weaken it.
     """
 
@@ -62,6 +64,7 @@ class KlTerm:
     top_k: int = 32
     mask: Literal["none", "wrong", "wrong_group"] = "none"
     mask_mean: Literal["kept", "all"] = "all"
+    weight: Literal["none", "ratio"] = "none"
 
     @property
     def active(self) -> bool:
@@ -72,6 +75,11 @@ class KlTerm:
     def sampled(self) -> bool:
         """Whether it needs no more of the target than log-probabilities of the sampled tokens."""
         return self.estimator in ESTIMATORS
+
+    @property
+    def weighable(self) -> bool:
+        """Whether `weight` has anything to act on: elsewhere the policy term's own weights act, or nothing was sampled."""
+        return self.place == "loss" and self.estimator in ("k2", "k3")
 
     def coefficient(self, step: int, state: CoefficientState) -> float:
         """The coefficient at `step`, from 0 on."""

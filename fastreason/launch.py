@@ -139,15 +139,23 @@ def _display(config: Config, run_dir: Path) -> Iterator[None]:
 def _folders(
     config: Config, run_dir: Path, decisions: Decisions, resume: bool, only: str | None, groups_dir: Path | None
 ) -> Iterator[Session]:
-    """The session and the exchange folder of a run, removed with all that is in them; also those of killed runs."""
+    """The session and the exchange folder of a run, removed with all that is in them; also those of killed runs.
+
+    Every model of the run is found here, before anything starts: its processes have no network.
+    """
     from fastreason.exchange import ExchangeFolder
 
     model_dir = resolve_model(config.model)
+    offline, beside = config.offline.objective is not None, {}
+    if not offline:
+        from fastreason.companions import resolve_companions
+
+        beside = resolve_companions(config, model_dir, only)._asdict()
     num_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     temporary = Path(tempfile.gettempdir())
     sweep_segments(temporary)
     folder = ExchangeFolder(0, parents=(temporary,))
-    published = 0 if config.offline.objective is not None else 2 * num_bytes
+    published = 0 if offline else 2 * num_bytes
     exchange = ExchangeFolder(published, exchange_parents(config.rollout))
     try:
         model_dir = edited_model(model_dir, config.model, folder.path / "model")
@@ -163,6 +171,7 @@ def _folders(
             resume=resume,
             only=only,
             groups_dir=str(groups_dir) if groups_dir is not None else None,
+            **beside,
         )
     finally:
         folder.remove()

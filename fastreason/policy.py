@@ -73,8 +73,15 @@ class FusedHead(nn.Module):
         """The KL term of the tokens that have one, by itself: a policy loss without advantages."""
         assert batch.kl_weight_N is not None
         alone = replace(batch, advantages_N=torch.zeros_like(batch.advantages_N))
-        kl_spec = PolicyLossSpec(ratio="none", kl=spec.kl, kl_coef=spec.kl_coef)
         mask_N = batch.kl_weight_N != 0
+        kl_spec = replace(spec, ratio="none", gate="clip", dual_clip=None, entropy_coef=0.0)
+        if spec.kl_weight == "none":
+            kl_spec = replace(kl_spec, importance="none", importance_floor=0.0)
+        elif spec.weighs_sequences:
+            # The weight of a sequence is that of all of its tokens: those without a KL term stay in, and count 0.
+            alone.token_weight_N = batch.token_weight_N * mask_N
+            term = fused_loss(hidden_ND, self.weight, self.bias, alone, kl_spec, temperature)
+            return term.loss_sum, term.kl.masked_fill(~mask_N, 0.0)
         term = fused_loss(hidden_ND, self.weight, self.bias, alone, kl_spec, temperature, mask_N)
         return term.loss_sum, term.kl
 
@@ -117,7 +124,7 @@ def score_batch(batch: MicroBatch) -> MicroBatch:
 
 def policy_spec(batch: MicroBatch, spec: PolicyLossSpec) -> PolicyLossSpec:
     """`spec` of the part that acts on every token: without the KL where the batch says which tokens that acts on."""
-    return spec if batch.kl_weight_N is None else replace(spec, kl="none", kl_coef=0.0)
+    return spec if batch.kl_weight_N is None else replace(spec, kl="none", kl_coef=0.0, kl_weight="none")
 
 
 def _plus(output: PolicyLossOutput, loss_sum: Tensor, kl_N: Tensor) -> PolicyLossOutput:

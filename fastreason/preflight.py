@@ -116,7 +116,7 @@ def longest_line(config: Config) -> int:
 def check_teacher(config: Config) -> list[str]:
     """Raise ConfigError where the teacher's tokenizer is not the model's, or its positions end before a response can.
 
-    Returns what only the trainer's start can check; it does so before anything loads there too.
+    Returns what only the launcher can check, with a network or a conversion; it does so before anything starts.
     """
     from fastreason.companions import described_by, teacher_model
     from fastreason.models import check_model

@@ -236,6 +236,10 @@ class AlgorithmConfig(Section):
     kl_mask_mean: Literal["kept", "all"] | None = Field(
         None, description="override: kl_mask: mean over what it keeps, or over all"
     )
+    kl_weight: Literal["none", "ratio"] | None = Field(
+        None,
+        description="override: ratio: k2 or k3 in the loss weighted by each token's policy / behaviour ratio, for older tokens",
+    )
     ratio_against: Literal["sampler", "trainer"] | None = Field(
         None,
         description="override: whose log-probabilities the ratio divides by; trainer: its own, from before the step's updates",

@@ -30,6 +30,9 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     resume: bool
     only: str | None = None  # "rollout" | "train": one phase alone
     groups_dir: str | None = None  # only="train": the written groups
+    teacher_dir: str | None = None  # of a teacher in the trainer
+    critic_dir: str | None = None  # of a critic that does not begin as the policy does
+    silent_ids: tuple[int, ...] = ()  # ends of a response that policy and teacher do not share
 
     @property
     def socket_path(self) -> str:

@@ -5,9 +5,10 @@
 
 Each (arm, seed) is `fastreason train` on job.yaml in a process of its own. A finished run is kept as it ends, and the
 same command skips it; an interrupted one goes on from its checkpoint where it has one, and else starts again. With a
-budget no run starts that is not expected to fit into what is left, and one that does not fit after all is told to stop
-when the budget ends: it saves itself, and the next command goes on with it. Ctrl-C stops in the same way. Overrides are
-for all arms but the teacher, with `ARM:` for one. Answers, table and curves are in DIR, and again by report.py DIR.
+budget no run starts that is not expected to fit into what is left (of an interrupted one: what is left of its steps), and
+one that does not fit after all is told to stop when the budget ends: it saves itself, and the next command goes on with
+it; one that had only its end to write is kept. Ctrl-C stops in the same way. Overrides are for all arms but the teacher,
+with `ARM:` for one. Answers, table and curves are in DIR, and again by report.py DIR.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from store import Store
 
 from fastreason.config import load_config
 from fastreason.cores import available_cores
-from fastreason.metrics import read_summary
 from fastreason.processes import spawn, tail
 
 JOB = Path(__file__).resolve().parent / "job.yaml"
@@ -74,9 +74,14 @@ class Runner:
             print(f"failed: {', '.join(run.name for run in failed)}; see {self.store.folder}/failed.jsonl", flush=True)
         return not failed
 
+    def expected(self, run: Run) -> tuple[float, bool]:
+        """(seconds that what is left of a run is expected to take, whether its arm was measured)."""
+        seconds, measured = expected_s(run.arm, self.store.seconds())
+        return seconds * self.store.share_left(run), measured
+
     def fits(self, run: Run) -> bool:
         """Whether a run is expected to end before the budget does; says so."""
-        seconds, measured = expected_s(run.arm, self.store.seconds())
+        seconds, measured = self.expected(run)
         left = self._deadline - time.monotonic()
         how = "as measured" if measured else "a guess, this arm has not been measured here"
         if seconds > left:
@@ -99,21 +104,31 @@ class Runner:
         log = self.store.folder / "logs" / f"{run.name}.log"
         started = time.monotonic()
         child = spawn(run.name, command, log, {"HF_HUB_OFFLINE": "1"})
+        code = None  # as long as it has not ended by itself
         try:
-            while child.exit_code is None and time.monotonic() < self._deadline:
-                time.sleep(LOOK_S)
-        finally:
-            code = child.exit_code
-            if code is None:
-                child.stop(self.grace_s)
-        seconds = time.monotonic() - started
-        if code == 0 and read_summary(folder).get("finished"):
-            self.store.add_finished(run, seconds, resumed=resume)
+            try:
+                while child.exit_code is None and time.monotonic() < self._deadline:
+                    time.sleep(LOOK_S)
+            finally:
+                code = child.exit_code
+                if code is None:
+                    child.stop(self.grace_s)
+        except KeyboardInterrupt:
+            self.note(run, code, time.monotonic() - started, resume)
+            raise
+        return self.note(run, code, time.monotonic() - started, resume)
+
+    def note(self, run: Run, code: int | None, seconds: float, resumed: bool) -> Outcome:
+        """Keep what a run has become, and say so. code: None where it was told to stop, which may have come after its end."""
+        if not code and self.store.complete(run):
+            self.store.add_finished(run, seconds, resumed)
             print(f"{run.name}: done, {seconds / 60:.1f} min", flush=True)
             return "done"
         if code is None:
-            print(f"{run.name}: stopped, the budget is spent; the same command goes on with it", flush=True)
+            goes_on, anew = "goes on from its checkpoint", "starts it again, as it has no checkpoint with steps to come"
+            print(f"{run.name}: stopped; the same command {goes_on if self.store.resumable(run) else anew}", flush=True)
             return "stopped"
+        log = self.store.folder / "logs" / f"{run.name}.log"
         self.store.add_failed(run, code)
         print(f"{run.name}: ended with {code}:\n{tail(log)}", flush=True)
         return "failed"
@@ -133,7 +148,7 @@ def print_plan(runner: Runner, runs: Sequence[Run]) -> None:
     """What would be made, and how long it is expected to take in all."""
     finished, total = runner.store.finished(), 0.0
     for run in runs:
-        seconds, measured = expected_s(run.arm, runner.store.seconds())
+        seconds, measured = runner.expected(run)
         state = "done" if run in finished else f"{seconds / 60:5.1f} min, {'measured' if measured else 'guessed'}"
         total += 0.0 if run in finished else seconds
         print(f"{run.name:24}{state:22}{' '.join(arm_overrides(run.arm, runner.given))}")

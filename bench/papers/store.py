@@ -23,6 +23,8 @@ from fastreason.checkpoint import CheckpointStore, read_state
 from fastreason.config import load_config
 from fastreason.metrics import METRICS_FILE, read_summary, write_atomically
 
+EVAL_AFTER = "eval-after.jsonl"
+
 
 class Store:
     """The folder, made where it does not exist."""
@@ -78,13 +80,27 @@ class Store:
     def add_failed(self, run: Run, code: int) -> None:
         self._append("failed.jsonl", {"arm": run.arm, "seed": run.seed, "exit_code": code})
 
-    def resumable(self, run: Run) -> bool:
-        """Whether an interrupted run has a checkpoint with steps to come."""
+    def complete(self, run: Run) -> bool:
+        """Whether a run has trained to its end and, where problems are held out, been evaluated there."""
+        folder = self.path(run)
+        if not read_summary(folder).get("finished") or not (folder / "config.yaml").is_file():
+            return False
+        wanted, found = load_config(folder / "config.yaml").eval, folder / EVAL_AFTER
+        lines = found.read_bytes().count(b"\n") if found.is_file() else 0
+        return lines >= wanted.num_prompts * wanted.samples_per_prompt
+
+    def share_left(self, run: Run) -> float:
+        """The share of a run's steps behind its checkpoint; 1 where it has none, or none with steps to come."""
         folder = self.path(run)
         found = CheckpointStore(folder, keep_last=1, keep_best=False).complete()
         if not found or not (folder / "config.yaml").is_file():
-            return False
-        return read_state(found[-1]).step < load_config(folder / "config.yaml").train.steps
+            return 1.0
+        steps = load_config(folder / "config.yaml").train.steps
+        return max(0, steps - read_state(found[-1]).step) / steps or 1.0
+
+    def resumable(self, run: Run) -> bool:
+        """Whether an interrupted run has a checkpoint with steps to come."""
+        return self.share_left(run) < 1
 
     def clear(self, run: Run) -> None:
         """Move what an interrupted run without a checkpoint has left out of the way; its logs may explain something."""

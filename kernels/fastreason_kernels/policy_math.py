@@ -35,14 +35,18 @@ class PolicyLossSpec:
     dual_clip   c > 1: for A < 0 the loss is at most -c A (arXiv 1912.09729). None: off.
     kl          estimator against ref_logp, r = ref_logp - logp: k1 = -r, k2 = r^2 / 2, k3 = e^r - r - 1, differentiated
                 through logp. So, on-policy, k1's gradient is zero in expectation and k2's is the reverse KL's.
-    importance  weight w, detached, on the policy term only (not on KL and entropy); "truncate": min(w, importance_cap),
-                "mask": w where importance_floor <= w <= importance_cap, else 0 (IcePop, arXiv 2510.18855).
+    kl_weight   "none": the KL term of every token counts alike.  "ratio": times the token's own rho (1 without
+                behaviour_logp) whatever `ratio` is, and times w, both detached: off-policy too, with the prefix as given,
+                the expectation of the gradient is then the one on-policy.
+    importance  weight w, detached, on the policy term (by kl_weight on KL too, never on entropy); "truncate":
+                min(w, importance_cap), "mask": w where importance_floor <= w <= importance_cap, else 0 (IcePop,
+                arXiv 2510.18855).
     importance_level   with d_t = behaviour_logp - sampler_logp, "token": w = exp(d_t).  "sequence": the product over the
                 sequence's tokens, exp(sum d).  "geometric": their geometric mean, exp(mean d).
 
     encoded is the spec as a string, for torch.library operators. Raises ValueError for a value outside of what is allowed.
     Left out: GSPO-token (a detached sequence ratio with per-token advantages), a floor under truncated weights, weights
-    divided by their mean over the batch, importance weights on the KL term.
+    divided by their mean over the batch, a weighted entropy bonus.
     """
 
     ratio: Literal["none", "token", "sequence"] = "token"
@@ -54,6 +58,7 @@ class PolicyLossSpec:
     sapo_tau_neg: float = 1.05
     kl: Literal["none", "k1", "k2", "k3"] = "none"
     kl_coef: float = 0.0
+    kl_weight: Literal["none", "ratio"] = "none"
     entropy_coef: float = 0.0
     importance: Literal["none", "truncate", "mask"] = "none"
     importance_cap: float = 2.0
@@ -63,7 +68,7 @@ class PolicyLossSpec:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for key in ("ratio", "gate", "kl", "importance", "importance_level"):
+        for key in ("ratio", "gate", "kl", "kl_weight", "importance", "importance_level"):
             self._require(key, getattr(self, key) in get_args(hints[key]), " | ".join(get_args(hints[key])))
         for key in ("clip_low", "clip_high"):
             self._require(key, getattr(self, key) is None or _at_least_zero(getattr(self, key)), "None or >= 0")
@@ -82,6 +87,7 @@ class PolicyLossSpec:
             self._require("dual_clip", self.ratio != "none", "None when ratio is 'none'")
             self._require("dual_clip", self.gate == "clip", "None unless gate is 'clip'")
         self._require("kl", self.kl != "none" or self.kl_coef == 0, f"k1 | k2 | k3 when kl_coef is {self.kl_coef}")
+        self._require("kl_weight", self.kl != "none" or self.kl_weight == "none", "none when kl is 'none'")
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         object.__setattr__(self, "encoded", json.dumps(values))
 
@@ -153,7 +159,9 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """Sums the policy loss that `spec` describes over tokens whose log-probabilities are already known.
 
-        loss_sum = sum_t token_weight_t * (w_t * gate(ratio_t, A_t) + kl_coef * kl_t - entropy_coef * entropy_t)
+        loss_sum = sum_t token_weight_t * (w_t * gate(ratio_t, A_t) + kl_coef * v_t * kl_t - entropy_coef * entropy_t)
+
+    v_t is 1, or with kl_weight="ratio" w_t * exp(logp_t - behaviour_logp_t), detached.
 
     logp, entropy (may be None without an entropy term): [N] nats, any float dtype, differentiated.
     advantages, behaviour_logp (ratio's denominator; None: the detached logp, ratio exactly 1), ref_logp (a reference's or
@@ -304,15 +312,17 @@ def evaluate(
         )
     ratio = _ratio(logp, behaviour_logp, sequence_ids, mask, spec)
     loss, clipped = _gate(logp, ratio, advantages, spec)
+    weight = None
     if spec.importance != "none":
         if log_weight is None:
             assert sampler_logp is not None
             trainer_logp = logp if behaviour_logp is None else behaviour_logp
             log_weight = log_importance_weight(trainer_logp, sampler_logp, spec, sequence_ids, mask)
-        loss = loss * _bounded_weight(log_weight, spec)[0]
+        weight = _bounded_weight(log_weight, spec)[0]
+        loss = loss * weight
     kl = _kl(logp, ref_logp, spec)
     if spec.kl_coef != 0:
-        loss = loss + spec.kl_coef * kl
+        loss = loss + spec.kl_coef * _weighted_kl(kl, logp, behaviour_logp, weight, spec)
     if spec.entropy_coef != 0:
         assert entropy is not None
         loss = loss - spec.entropy_coef * entropy
@@ -399,6 +409,17 @@ def _kl(logp: Tensor, ref_logp: Tensor | None, spec: PolicyLossSpec) -> Tensor:
     # Only the upper side overflows. Bounding all of r, not just the exponent, keeps the gradient's sign right there.
     r = r.clamp(max=LOG_RATIO_BOUND)
     return torch.expm1(r) - r
+
+
+def _weighted_kl(
+    kl: Tensor, logp: Tensor, behaviour_logp: Tensor | None, weight: Tensor | None, spec: PolicyLossSpec
+) -> Tensor:
+    """[N] the KL term as `spec.kl_weight` counts it; weight: the policy term's importance weights."""
+    if spec.kl_weight == "none":
+        return kl
+    if behaviour_logp is not None:
+        kl = kl * (logp.detach() - behaviour_logp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    return kl if weight is None else kl * weight
 
 
 def _at_least_zero(value: float) -> bool:

@@ -21,7 +21,10 @@ ADAPTIVE = {"kl_schedule": "adaptive", "kl_goal": 0.001, "kl_horizon": 20}
 # What each run is told beside the name of its row, which is its own unless told otherwise.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "grpo": {},
+    # The ratio is exactly 1 in the first update, and within a narrow clip's reach in the second.
+    "grpo_trainer": {"algorithm": {"name": "grpo", "ratio_against": "trainer", "clip_low": 0.01, "clip_high": 0.01}},
     "reinforce": {},
+    "reinforce_rej": {},
     "grpo_kl": {"algorithm": {"name": "grpo", "kl": "k3", "kl_coef": 0.05, **ADAPTIVE, "entropy_goal": 4.0}},
     "raft_pp": {},
     "gspo": {},
@@ -30,6 +33,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "ppo": {"critic": {"lr": 1e-3}},
     "iterative_dpo": {},
     "kdrl": {"algorithm": {"kl_mask": "wrong", "kl_coef": 0.1}, "teacher": {"dtype": "float32"}},
+    "kd_rkl": {"teacher": {"dtype": "float32"}},
     "kdrl_exact": {"algorithm": {"name": "kdrl", "kl": "exact", "kl_coef": 0.2}, "teacher": {"dtype": "float32"}},
 }
 RESUMED = ("grpo_kl", "ppo")  # told to stop after two steps and resumed, they must end with the same weights
@@ -190,7 +194,9 @@ def make_parts(row: str, folder: Path, resume: bool) -> Any:
     config = make_config(row, folder / "model")
     algorithm, device = resolve_algorithm(config), torch.device("cpu")
     policy = load_policy(folder / "model", config.model, "cpu", "sdpa", liger=False)
-    session: Any = SimpleNamespace(model_dir=str(folder / "model"), attention="sdpa", liger=False)
+    session: Any = SimpleNamespace(
+        model_dir=str(folder / "model"), teacher_dir=config.teacher.path, critic_dir=None, attention="sdpa", liger=False
+    )
     checkpoints = CheckpointStore(folder, 1, False)
     return Parts(
         config=config,

@@ -12,7 +12,9 @@ import pytest
 PROGRAM = Path(__file__).with_name("golden_run.py")
 ROWS = (
     "grpo",
+    "grpo_trainer",
     "reinforce",
+    "reinforce_rej",
     "grpo_kl",
     "raft_pp",
     "gspo",
@@ -21,11 +23,12 @@ ROWS = (
     "ppo",
     "iterative_dpo",
     "kdrl",
+    "kd_rkl",
     "kdrl_exact",
 )
 RESUMED = ("grpo_kl", "ppo")
-WITHOUT_CLIP = ("iterative_dpo",)
-COMPARED = {"grpo_kl": "reference", "kdrl": "teacher", "kdrl_exact": "teacher"}
+WITHOUT_CLIP = ("iterative_dpo", "kd_rkl")
+COMPARED = {"grpo_kl": "reference", "kdrl": "teacher", "kd_rkl": "teacher", "kdrl_exact": "teacher"}
 RTOL, ATOL = 1e-6, 1e-9
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

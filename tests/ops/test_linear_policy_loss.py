@@ -1,6 +1,7 @@
 """linear_policy_loss: every option against float64, skipping, masks, and what it may compute and allocate."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ SPECS = {
     "k1": PolicyLossSpec(kl="k1", kl_coef=0.3),
     "k2": PolicyLossSpec(kl="k2", kl_coef=0.3),
     "k3": PolicyLossSpec(kl="k3", kl_coef=0.3),
+    "k2 weighted": PolicyLossSpec(kl="k2", kl_coef=0.3, kl_weight="ratio"),
+    "k3 weighted": PolicyLossSpec(ratio="none", kl="k3", kl_coef=0.3, kl_weight="ratio", importance="truncate"),
+    "sequence, k2 weighted": PolicyLossSpec(ratio="sequence", kl="k2", kl_coef=0.3, kl_weight="ratio"),
     "entropy": PolicyLossSpec(entropy_coef=0.2),
     "truncate": PolicyLossSpec(importance="truncate"),
     "mask": PolicyLossSpec(ratio="none", importance="mask", kl="k3"),
@@ -146,6 +150,24 @@ def test_ragged_shapes(num_tokens, vocab, chunk_tokens, dtype):
     columns = columns_for(case)
     columns["mask"][0] = True
     check(case, SPECS["all"], columns, dtype, chunk_tokens)
+
+
+@pytest.mark.parametrize("name", ["k2 weighted", "k3 weighted"])
+def test_every_strategy_weighs_the_kl_term_alike(name):
+    case = head_case(41, 50)
+    columns, spec = columns_for(case), SPECS[name]
+    exact, expected = run(case, spec, columns, impl="reference", dtype=torch.float64)
+    plain, _ = run(case, replace(spec, kl_weight="none"), columns, impl="reference", dtype=torch.float64)
+    assert abs(float(exact.loss_sum.detach() - plain.loss_sum.detach())) > 0.1
+    for strategy, frozen in (("A", False), ("B", False), ("F", True)):
+        fresh = case.to(torch.float32)
+        fresh.weight.requires_grad_(not frozen)
+        options = {**columns, "strategy": strategy, "chunk_tokens": 8}
+        out = linear_policy_loss(fresh.hidden, fresh.weight, fresh.ids, options.pop("advantages"), spec, **options)
+        out.loss_sum.backward()
+        torch.testing.assert_close(out.loss_sum.double(), exact.loss_sum, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(fresh.hidden.grad.double(), expected["d_hidden"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.kl.double(), exact.kl, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -371,6 +393,9 @@ WEIGHED = {
     "truncate": PolicyLossSpec(importance="truncate", importance_level="sequence"),
     "mask": PolicyLossSpec(importance="mask", importance_level="geometric", importance_cap=1.6, importance_floor=1.0),
     "cispo": PolicyLossSpec(gate="cispo", importance="mask", importance_level="sequence", importance_floor=0.2),
+    "kl": PolicyLossSpec(
+        kl="k2", kl_coef=0.3, kl_weight="ratio", importance="truncate", importance_level="sequence", importance_cap=1.1
+    ),
     "all": PolicyLossSpec(dual_clip=3.0, entropy_coef=0.1, importance="truncate", importance_level="geometric"),
 }
 

@@ -99,6 +99,39 @@ def test_kl_by_hand(kl, value, gradient):
     assert loss == pytest.approx(0.1 * value) and g_logp == pytest.approx(0.1 * gradient)
 
 
+@pytest.mark.parametrize("ratio", ["none", "token"])
+@pytest.mark.parametrize(
+    ("importance", "columns", "weight"),
+    [
+        ({}, {}, 1.0),
+        ({}, {"behaviour_logp": -1.0 - math.log(1.5)}, 1.5),
+        ({"importance": "truncate"}, {"sampler_logp": -1.0 - math.log(1.2)}, 1.2),
+        (
+            {"importance": "truncate"},
+            {"behaviour_logp": -1.0 - math.log(0.5), "sampler_logp": -1.0 - math.log(0.5) - math.log(9)},
+            0.5 * 2.0,  # the importance weight ends at 2
+        ),
+        (
+            {"importance": "mask"},
+            {"behaviour_logp": -1.0 - math.log(0.5), "sampler_logp": -1.0 - math.log(0.5) - math.log(9)},
+            0.0,
+        ),
+    ],
+)
+def test_the_weight_of_a_kl_term_by_hand(ratio, importance, columns, weight):
+    """Of a token without an advantage, k2 = 0.3^2 / 2: value and gradient times a constant, whatever the ratio."""
+    spec = PolicyLossSpec(ratio=ratio, kl="k2", kl_coef=2.0, kl_weight="ratio", **importance)
+    value, g_logp, _, out = one_token(spec, advantage=0.0, ref_logp=-0.7, **columns)
+    assert value == pytest.approx(2 * weight * 0.045) and g_logp == pytest.approx(-2 * weight * 0.3)
+    assert float(out.kl) == pytest.approx(0.045), "reported as it is"
+
+
+def test_the_weight_of_a_kl_term_stays_finite():
+    spec = PolicyLossSpec(ratio="none", kl="k2", kl_coef=0.1, kl_weight="ratio")
+    value, g_logp, _, _ = one_token(spec, advantage=0.0, ref_logp=-2.0, behaviour_logp=-500.0)
+    assert value == pytest.approx(0.1 * math.exp(20) * 0.5) and g_logp == pytest.approx(0.1 * math.exp(20))
+
+
 def test_kl_is_reported_without_being_optimised():
     loss, g_logp, _, out = one_token(PolicyLossSpec(kl="k2"), advantage=0.0, ref_logp=-1.5)
     assert (loss, g_logp, float(out.kl)) == (0.0, 0.0, 0.125)
@@ -111,7 +144,7 @@ def test_entropy_bonus_by_hand():
 
 
 @pytest.mark.parametrize(("importance", "weight"), [("truncate", 2.0), ("mask", 0.0)])
-def test_importance_weight_bounds_the_policy_term_only(importance, weight):
+def test_importance_weight_bounds_the_policy_term_alone_by_default(importance, weight):
     spec = PolicyLossSpec(
         importance=importance, importance_cap=2.0, kl="k2", kl_coef=1.0, entropy_coef=1.0, clip_high=None
     )
@@ -388,6 +421,32 @@ def test_gradient_of_each_kl_estimator_in_expectation():
     torch.testing.assert_close(expected_gradient("k3"), forward)
 
 
+@pytest.mark.parametrize("ratio", ["none", "token"])
+def test_off_policy_a_weighted_kl_has_the_expected_gradient_of_on_policy(ratio):
+    """Tokens of mu: E_mu[pi / mu grad k2] = grad KL(pi || ref), k3 likewise; without the weight neither is."""
+    logits = column(0.3, -1.0, 0.8, 0.1, -0.4).requires_grad_()
+    ref = torch.log_softmax(column(-0.5, 0.7, 0.2, 0.0, 1.0), 0)
+    sampler = torch.log_softmax(column(1.0, 0.2, -0.9, 0.6, 0.0), 0)
+    # The sampler's own log-probabilities, or the trainer's of a while ago and the rest as an importance weight.
+    earlier = torch.log_softmax(column(0.7, -0.3, 0.1, 0.2, 0.0), 0)
+    given = [{"behaviour_logp": sampler}, {"behaviour_logp": earlier, "sampler_logp": sampler}]
+
+    def expected_gradient(kl, weight, columns):
+        logp = torch.log_softmax(logits, 0)
+        importance = {"importance": "truncate", "importance_cap": 100.0} if "sampler_logp" in columns else {}
+        spec = PolicyLossSpec(ratio=ratio, kl=kl, kl_coef=1.0, kl_weight=weight, **importance)
+        out = policy_loss(logp, None, torch.zeros(5), spec, ref_logp=ref, token_weight=sampler.exp(), **columns)
+        return torch.autograd.grad(out.loss_sum, logits)[0]
+
+    logp = torch.log_softmax(logits, 0)
+    exact = {"k2": (logp.exp() * (logp - ref)).sum(), "k3": (ref.exp() * (ref - logp)).sum()}
+    for kl, divergence in exact.items():
+        (gradient,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+        for columns in given:
+            torch.testing.assert_close(expected_gradient(kl, "ratio", columns), gradient)
+            assert float((expected_gradient(kl, "none", columns) - gradient).abs().max()) > 0.05
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -403,6 +462,8 @@ def test_gradient_of_each_kl_estimator_in_expectation():
         ({"ratio": "none", "gate": "sapo"}, "PolicyLossSpec.gate: got 'sapo'"),
         ({"kl_coef": 0.1}, "PolicyLossSpec.kl: got 'none'"),
         ({"kl_coef": math.nan, "kl": "k1"}, "PolicyLossSpec.kl_coef"),
+        ({"kl_weight": "rho", "kl": "k2"}, r"PolicyLossSpec.kl_weight: got 'rho', allowed: none \| ratio"),
+        ({"kl_weight": "ratio"}, "PolicyLossSpec.kl_weight: got 'ratio', allowed: none when kl is 'none'"),
         ({"entropy_coef": math.inf}, "PolicyLossSpec.entropy_coef"),
         ({"sapo_tau_pos": 0.0}, "PolicyLossSpec.sapo_tau_pos"),
         ({"sapo_tau_neg": -1.0}, "PolicyLossSpec.sapo_tau_neg"),

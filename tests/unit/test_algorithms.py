@@ -218,6 +218,29 @@ def test_importance_weights_reach_the_spec_at_every_staleness(max_staleness):
     )
 
 
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({"name": "kdrl"}, "ratio"),
+        ({"name": "kd_rkl"}, "ratio"),
+        ({"name": "kdrl", "kl": "k3"}, "ratio"),
+        ({"name": "kdrl", "kl_weight": "none"}, "none"),
+        # The row's weight has nothing to act on there.
+        ({"name": "kdrl", "kl": "exact"}, "none"),
+        ({"name": "kdrl", "kl": "k1", "kl_place": "advantage"}, "none"),
+        # As in the published code.
+        ({"name": "grpo", "kl": "k3", "kl_coef": 0.001}, "none"),
+        ({"name": "raft", "kl": "k3", "kl_coef": 0.001, "kl_weight": "ratio", "ratio_against": "trainer"}, "ratio"),
+    ],
+)
+def test_the_weight_of_a_kl_term_reaches_the_spec(keys, weight):
+    teacher = {"teacher": {"path": "t"}} if keys["name"] in TAUGHT else {}
+    resolved = resolve_algorithm(config(**keys, **teacher))
+    spec = resolved.spec_at(0, resolved.initial_state())
+    assert resolved.kl.weight == spec.kl_weight == weight
+    assert resolved.spec.kl_weight == "none", "it comes and goes with the term"
+
+
 def test_filters_and_truncation_are_resolved():
     resolved = resolve_algorithm(config(filter="both"))
     assert (resolved.filter, resolved.filtered) == ("both", "zero")
@@ -312,6 +335,15 @@ def test_a_row_has_defaults_that_a_config_overrides(monkeypatch):
         (
             {"kl": "k2", "kl_coef": 0.1, "kl_mask_mean": "kept"},
             r"kl_mask_mean=kept: .*without algorithm\.kl_mask other",
+        ),
+        ({"kl_weight": "ratio"}, r"algorithm\.kl_weight=ratio: has no effect without algorithm\.kl=k2 or k3 and"),
+        (
+            {"kl": "k2", "kl_coef": 0.1, "kl_place": "advantage", "kl_weight": "ratio"},
+            r"algorithm\.kl_weight=ratio: .* and algorithm\.kl_place=loss",
+        ),
+        (
+            {"kl": "exact", "kl_coef": 0.1, "kl_weight": "ratio"},
+            r"algorithm\.kl_weight=ratio: has no effect without algorithm\.kl=k2 or k3",
         ),
         ({"kl": "k2", "kl_coef": 0.1, "kl_schedule": "annealed"}, r"algorithm\.kl_anneal: missing"),
         (
@@ -443,29 +475,52 @@ def test_rows_without_advantage_are_left_out_only_where_nothing_else_moves_them(
     assert resolve_algorithm(config(name="grpo", **keys)).zero_advantage_is_zero_gradient is zero
 
 
+K2 = {"kl": "k2", "kl_coef": 0.1}
+K1 = {"kl": "k1", "kl_coef": 0.1, "kl_place": "advantage"}
 KD = {"name": "kdrl", "teacher": {"path": "t"}}
+TRAINER = {"ratio_against": "trainer"}
 SEVERAL = {"prompts_per_step": 4, "prompts_per_update": 2}
+AGES, UPDATES = "rollout.max_staleness=1", "train.prompts_per_update=2 of train.prompts_per_step=4"
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "staleness", "train", "causes"),
+    ("algorithm", "staleness", "train", "causes", "advice"),
     [
-        ({}, 1, SEVERAL, None),
-        (KD, 0, {}, None),
-        (KD, 1, {}, "rollout.max_staleness=1: some"),
-        (KD, 0, SEVERAL, "loss and train.prompts_per_update=2 of train.prompts_per_step=4: some"),
-        ({"kl": "k3", "kl_coef": 0.1}, 2, SEVERAL, "rollout.max_staleness=2 and train.prompts_per_update=2"),
-        ({"kl": "k3", "kl_coef": 0.0}, 2, SEVERAL, None),
-        # The ratio of the policy term weighs these; and over the vocabulary nothing is sampled.
-        ({**KD, "kl": "k1", "kl_place": "advantage"}, 1, SEVERAL, None),
-        ({"kl": "k2", "kl_coef": 0.1, "kl_place": "reward"}, 1, SEVERAL, None),
-        ({**KD, "kl": "exact"}, 1, SEVERAL, None),
+        ({}, 1, SEVERAL, None, None),
+        (K2, 0, {}, None, None),
+        (K2, 1, {}, AGES, "Use algorithm.kl_weight=ratio; or"),
+        (K2, 0, SEVERAL, UPDATES, "Use algorithm.kl_weight=ratio; or"),
+        (K2, 1, SEVERAL, f"{AGES} and {UPDATES}", "Use algorithm.kl_weight=ratio; or"),
+        ({**KD, "kl_weight": "none"}, 1, {}, AGES, "algorithm.kl_weight=ratio"),
+        ({"kl": "k3", "kl_coef": 0.0}, 1, SEVERAL, None, None),
+        # The sampler's ratio is the whole weight; the trainer's own knows of the step's updates alone.
+        (KD, 1, SEVERAL, None, None),
+        ({**KD, **TRAINER}, 0, SEVERAL, None, None),
+        ({**KD, **TRAINER}, 1, SEVERAL, AGES, "Use algorithm.ratio_against=sampler, or algorithm.importance=truncate"),
+        ({**KD, **TRAINER, "importance": "truncate"}, 1, SEVERAL, None, None),
+        (
+            {**K2, **TRAINER},
+            1,
+            {},
+            AGES,
+            "kl_weight=ratio with algorithm.ratio_against=sampler, or algorithm.importance",
+        ),
+        ({**K2, **TRAINER, "importance": "truncate"}, 1, {}, AGES, "Use algorithm.kl_weight=ratio; or"),
+        # In the advantage the weights of the policy term are the KL's; over the vocabulary nothing is sampled.
+        ({**KD, "kl": "k1", "kl_place": "advantage"}, 1, SEVERAL, None, None),
+        ({"kl": "k2", "kl_coef": 0.1, "kl_place": "reward"}, 1, SEVERAL, None, None),
+        ({**KD, "kl": "exact"}, 1, SEVERAL, None, None),
+        ({"name": "raft", **K1}, 0, {}, None, None),
+        ({"name": "raft", **K1}, 1, {}, f"kl_place=advantage and {AGES}", "Use algorithm.ratio=token; or"),
+        ({"ratio": "none", **K1}, 0, SEVERAL, f"kl_place=advantage and {UPDATES}", "Use algorithm.ratio=token; or"),
+        ({**K1, **TRAINER}, 1, {}, AGES, "Use algorithm.ratio_against=sampler, or algorithm.importance"),
     ],
 )
-def test_a_kl_in_the_loss_that_is_off_policy_is_warned_of(algorithm, staleness, train, causes):
+def test_a_kl_that_is_off_policy_without_a_weight_is_warned_of(algorithm, staleness, train, causes, advice):
     made = config(max_staleness=staleness, **algorithm)
     made = made.model_copy(update={"train": made.train.model_copy(update=train)})
     lines = algorithm_warnings(resolve_algorithm(made), made)
     assert bool(lines) == (causes is not None)
     for line in lines:
-        assert line.startswith("warning: algorithm.kl=k") and causes in line and "rollout.max_staleness=0" in line
+        assert line.startswith("warning: algorithm.kl=k") and f"{causes}: some" in line and advice in line
+        assert "or rollout.max_staleness=0 and train.prompts_per_update=null" in line

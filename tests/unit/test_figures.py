@@ -213,6 +213,23 @@ def test_the_distance_to_another_model():
     assert not any(key.startswith("kl/") for key in totals_of())
 
 
+def test_the_distance_is_over_the_tokens_that_the_term_acts_on():
+    """The second token is silent, a response end of the policy alone, that the teacher would never write; r is 0.5 and 1."""
+    batch = micro_batch([-1.0, -1.0, -1.0])
+    batch.ref_logp_N, batch.kl_weight_N = torch.tensor([-0.5, -60.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
+    made = output([-1.0] * 3, [0.0] * 3, [0.125, 0.0, 0.5], [1.0] * 3, [False] * 3)
+    totals = TokenTotals(PolicyLossSpec(), "teacher")
+    totals.add(batch, made, True)
+    figures = totals.figures(*totals.packed())
+    assert figures["kl/teacher"] == pytest.approx((math.exp(0.5) - 1.5 + math.e - 2) / 2, rel=1e-5)
+    assert figures["kl/teacher_k1"] == pytest.approx(-0.75)
+    # Where it acts on none there is no distance, rather than one of 0.
+    batch.kl_weight_N = torch.zeros(3)
+    totals = TokenTotals(PolicyLossSpec(), "teacher")
+    totals.add(batch, made, True)
+    assert not any(key.startswith("kl/") for key in totals.figures(*totals.packed()))
+
+
 def test_an_exact_divergence_is_its_own_distance():
     """A mean over the tokens that the term acts on: here the first and the third."""
     batch = micro_batch([-1.0, -1.0, -1.0])

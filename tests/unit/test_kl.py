@@ -159,6 +159,27 @@ def test_k2_is_exact_per_token_with_the_prefix_fixed():
     close(gradient(loss, logits), 2e-3 * gradient(per_prefix, logits))
 
 
+@pytest.mark.parametrize("row", ["kdrl", "kd_rkl"])
+@pytest.mark.parametrize("seed", range(3))
+def test_off_policy_the_weighted_k2_has_the_gradient_of_the_reverse_kl(row, seed):
+    """Tokens of a sampler mu that is not the policy: E_mu[pi / mu grad k2]; unweighted it is another gradient."""
+    logits, log_q = distributions(seed)
+    _, log_mu = distributions(seed + 10)
+    log_p = logits.log_softmax(0)
+
+    def off_policy(**keys):
+        spec = resolve({"name": row, "kl_coef": 1.0, **keys}, teacher={"path": "t"}).spec_at(0, CoefficientState())
+        zeros = torch.zeros_like(log_q)
+        return policy_loss(
+            log_p, None, zeros, spec, behaviour_logp=log_mu, ref_logp=log_q, token_weight=log_mu.exp()
+        ).loss_sum
+
+    expected = gradient(reverse(log_p, log_q), logits)
+    close(gradient(off_policy(), logits), expected)
+    unweighted = gradient(off_policy(kl_weight="none"), logits)
+    assert float((unweighted - expected).abs().max()) > 0.05
+
+
 class TestKdrl:
     """The joint objective on one prompt whose answers are the outcomes of a categorical: right is outcome 0."""
 

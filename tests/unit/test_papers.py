@@ -18,12 +18,14 @@ FOLDER = Path(__file__).resolve().parents[2] / "bench" / "papers"
 MODULES = ("arms", "curves", "findings", "report", "run", "store")
 
 # Takes the arguments of `fastreason train` and writes what such a run leaves. FAKE_PACE: seconds a step. It fails in arms
-# named in FAKE_FAILS, and when told to stop it saves a checkpoint, as the real one does.
+# named in FAKE_FAILS, and when told to stop it saves a checkpoint, as the real one does. FAKE_LINGERS: it is not done after
+# its last step until it is told to stop: "end": everything is written, "eval": its last evaluation is not.
 STAND_IN = """
 import json, os, signal, sys, time
 from dataclasses import asdict
 from pathlib import Path
 from fastreason.checkpoint import CheckpointStore, TrainerState
+from fastreason.config import dump_config, load_config
 
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
@@ -36,7 +38,7 @@ else:
     keys = dict(item.split("=", 1) for item in arguments[1:])
     folder = Path(keys["run.dir"]) / keys["run.name"]
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(Path(arguments[0]).read_text())
+    (folder / "config.yaml").write_text(dump_config(load_config(arguments[0], arguments[1:])))
 with open(folder.parent.parent / "calls.jsonl", "a") as file:
     file.write(json.dumps([folder.name, resumed, done, arguments]) + "\\n")
 if any(folder.name.startswith(name) for name in os.environ.get("FAKE_FAILS", "").split(",") if name):
@@ -51,10 +53,14 @@ for step in range(done + 1, 17):
     with open(folder / "metrics.jsonl", "a") as file:
         line = {"step": step, "reward/mean": step / 20, "loss/entropy": 1.0, "kl/reference": 0.01 * step}
         file.write(json.dumps(line) + "\\n")
-for name, right in (("before", 1), ("after", 12)):
-    rows = [{"prompt_id": p, "correct": n < right} for p in range(3) for n in range(16)]
+lingers = os.environ.get("FAKE_LINGERS", "")
+for name, right in (("before", 1), ("after", 12))[: 1 if lingers == "eval" else 2]:
+    rows = [{"prompt_id": p, "correct": n < right} for p in range(50) for n in range(16)]
     (folder / f"eval-{name}.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 16, "train_wall_s": 60.0}))
+while lingers and not stopped:
+    time.sleep(0.05)
+sys.exit(143 if stopped else 0)
 """
 
 
@@ -263,7 +269,7 @@ def made_by_stand_in(papers, tmp_path, monkeypatch):
     script.write_text(STAND_IN)
 
     def call(*arguments, **environment):
-        for key, usual in (("FAKE_PACE", "0"), ("FAKE_FAILS", "")):
+        for key, usual in (("FAKE_PACE", "0"), ("FAKE_FAILS", ""), ("FAKE_LINGERS", "")):
             monkeypatch.setenv(key, environment.get(key, usual))
         out = tmp_path / "out"
         return papers["run"].main(["--out", str(out), *arguments], [sys.executable, str(script)])
@@ -313,10 +319,8 @@ def test_a_budget_starts_nothing_that_does_not_fit(made_by_stand_in, capsys):
     assert "as measured" in capsys.readouterr().out
 
 
-def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by_stand_in, papers, monkeypatch):
-    quick = papers["arms"].Arm("quick", papers["arms"].ARMS["rlvr"].overrides, guess_s=1.0)
-    monkeypatch.setitem(papers["arms"].ARMS, "rlvr", quick)
-    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.05", FAKE_PACE="0.5") == 0
+def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by_stand_in, papers, rlvr_within_seconds):
+    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.1", FAKE_PACE="0.5") == 0
     folder = made_by_stand_in.out / "runs" / "rlvr-seed0"
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     assert 0 < done < 16 and not (made_by_stand_in.out / "finished.jsonl").exists()
@@ -329,21 +333,87 @@ def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by
     assert papers["store"].Store(made_by_stand_in.out).seconds() == {}
 
 
-def test_ctrl_c_ends_the_child_and_the_same_command_goes_on(made_by_stand_in):
-    environment = {**os.environ, "FAKE_PACE": "0.5", "PYTHONPATH": os.pathsep.join(map(str, (FOLDER, *sys.path)))}
+@pytest.fixture
+def rlvr_within_seconds(papers, monkeypatch):
+    """The arm's guess is a second, so that it starts within a budget that ends before it does."""
+    quick = papers["arms"].Arm("quick", papers["arms"].ARMS["rlvr"].overrides, guess_s=1.0)
+    monkeypatch.setitem(papers["arms"].ARMS, "rlvr", quick)
+
+
+def test_a_run_that_has_trained_to_its_end_is_kept_when_the_budget_ends(made_by_stand_in, rlvr_within_seconds, capsys):
+    """Told to stop while its processes end: hours of training are there, and so is the evaluation."""
+    given = ("--findings", "e", "--seeds", "0", "--budget-min", "0.1")
+    assert made_by_stand_in(*given, FAKE_LINGERS="end") == 0
+    (kept,) = (made_by_stand_in.out / "finished.jsonl").read_text().splitlines()
+    assert json.loads(kept)["arm"] == "rlvr" and "rlvr-seed0: done" in capsys.readouterr().out
+    assert made_by_stand_in("--findings", "e", "--seeds", "0") == 0
+    assert len(made_by_stand_in.calls()) == 1
+
+
+def test_a_run_that_lacks_its_last_evaluation_is_not_kept_and_says_so(made_by_stand_in, rlvr_within_seconds, capsys):
+    given = ("--findings", "e", "--seeds", "0", "--budget-min", "0.1")
+    assert made_by_stand_in(*given, FAKE_LINGERS="eval") == 0
+    assert not (made_by_stand_in.out / "finished.jsonl").exists()
+    assert "rlvr-seed0: stopped; the same command starts it again, as it has no" in capsys.readouterr().out
+    assert made_by_stand_in("--findings", "e", "--seeds", "0") == 0
+    assert [call[1:3] for call in made_by_stand_in.calls()] == [[False, 0], [False, 0]]
+
+
+def test_a_run_that_goes_on_is_charged_for_the_steps_that_are_left(made_by_stand_in, papers, capsys):
+    from fastreason.checkpoint import CheckpointStore, TrainerState
+    from fastreason.config import dump_config
+
+    arms, store = papers["arms"], papers["store"].Store(made_by_stand_in.out)
+    run = arms.Run("rlvr", 0)
+    folder, runner = store.path(run), papers["run"].Runner(store)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(load_config(papers["run"].JOB, arms.arm_overrides("rlvr", []))))
+    for done, share in ((12, 4 / 16), (16, 1.0)):
+        checkpoints = CheckpointStore(folder, 1, False)
+        checkpoints.aside(done)
+        checkpoints.commit(TrainerState(step=done, version=done, num_groups=0, score=0.0), b"")
+        assert runner.expected(run) == (arms.ARMS["rlvr"].guess_s * share, False)
+        if share < 1:
+            given = ("--findings", "e", "--seeds", "0", "--budget-min")
+            assert made_by_stand_in(*given, "1.2") == 0 and made_by_stand_in.calls() == []
+            assert "1.2 min (a guess" in capsys.readouterr().out
+
+
+def interrupt(made_by_stand_in, name, **environment):
+    """The command in a process of its own, sent SIGINT once rlvr-seed0 has written the file `name`; what it said."""
+    paths = os.pathsep.join(map(str, (FOLDER, *sys.path)))
     code = f"import sys, run; sys.exit(run.main(sys.argv[1:], [sys.executable, {str(made_by_stand_in.script)!r}]))"
     command = [sys.executable, "-P", "-c", code, "--out", str(made_by_stand_in.out), "--findings", "e", "--seeds", "0"]
-    bench = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics = made_by_stand_in.out / "runs" / "rlvr-seed0" / "metrics.jsonl"
+    bench = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    file = made_by_stand_in.out / "runs" / "rlvr-seed0" / name
     try:
         deadline = time.monotonic() + 30
-        while not metrics.exists() and time.monotonic() < deadline:
+        while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         bench.send_signal(signal.SIGINT)
-        _, said = bench.communicate(timeout=30)
+        said, _ = bench.communicate(timeout=30)
     finally:
         bench.kill()
-    assert bench.returncode == 130 and "the same command goes on" in said
+    assert bench.returncode == 130 and "the same command goes on from here" in said
+    return said
+
+
+def test_ctrl_c_keeps_a_run_that_has_trained_to_its_end(made_by_stand_in):
+    assert "rlvr-seed0: done" in interrupt(made_by_stand_in, "summary.json", FAKE_LINGERS="end")
+    (kept,) = (made_by_stand_in.out / "finished.jsonl").read_text().splitlines()
+    assert json.loads(kept)["arm"] == "rlvr"
+
+
+def test_ctrl_c_ends_the_child_and_the_same_command_goes_on(made_by_stand_in):
+    said = interrupt(made_by_stand_in, "metrics.jsonl", FAKE_PACE="0.5")
+    assert "rlvr-seed0: stopped; the same command goes on from its checkpoint" in said
+    metrics = made_by_stand_in.out / "runs" / "rlvr-seed0" / "metrics.jsonl"
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(made_by_stand_in.script).encode() in _read(p)]
     assert left == []
     done = len(metrics.read_text().splitlines())

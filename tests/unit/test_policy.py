@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from fastreason_kernels import PolicyLossSpec
+from fastreason_kernels import PolicyLossSpec, importance_weight
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from fastreason.config import ModelConfig
@@ -215,6 +215,48 @@ def test_a_folder_without_weights_names_the_key(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.path: .* cannot be loaded by transformers"):
         load(folder)
+
+
+@pytest.mark.parametrize("has_behaviour", [True, False])
+@pytest.mark.parametrize("weight", ["none", "ratio"])
+@pytest.mark.parametrize("level", [None, "token", "sequence"])
+def test_a_kl_term_that_acts_on_some_tokens_weighs_them_as_one_that_acts_on_all(tmp_path, level, weight, has_behaviour):
+    """The weight of a sequence is that of its whole, silent tokens included."""
+    policy, batch = load(save_model(tmp_path / "m")).double(), example()
+    logp_N = policy(batch, None, 1.0)[0].detach()
+    batch.ref_logp_N = logp_N + torch.tensor([0.5, -0.3, 0.2, 0.6, -0.4, 0.1])
+    # Importance weights of 1.25 and less, which the bound below reaches in the first response.
+    batch.sampler_logp_N = logp_N - torch.tensor([0.4, 0.1, -0.1, 0.2, -0.3, 0.1])
+    if has_behaviour:
+        batch.behaviour_logp_N = logp_N - torch.tensor([0.3, -0.2, 0.1, 0.0, 0.2, -0.1])
+    importance = {} if level is None else {"importance": "truncate", "importance_level": level, "importance_cap": 1.25}
+    spec = PolicyLossSpec(kl="k2", kl_coef=0.5, kl_weight=weight, **importance)
+
+    def found(kl_weight):
+        policy.zero_grad()
+        output = policy(replace(batch, kl_weight_N=kl_weight), spec, 1.0)
+        output.loss_sum.backward()
+        return output, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+    (whole, expected), (masked, made) = found(None), found(torch.ones(6))
+    torch.testing.assert_close(masked.loss_sum, whole.loss_sum, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masked.kl, whole.kl, rtol=1e-5, atol=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(made[name], gradient, rtol=1e-4, atol=1e-6)
+
+    v_N = torch.ones(6)
+    if weight == "ratio":
+        known = batch.behaviour_logp_N if has_behaviour else logp_N
+        w_N, bounded_N = importance_weight(known, batch.sampler_logp_N, spec, sequence_ids=batch.sequence_N)
+        assert bool(bounded_N.any()) is (level is not None)
+        v_N = w_N * (logp_N - known).exp()
+    silent = torch.tensor([1, 4])
+    kept_N = torch.ones(6).index_fill(0, silent, 0.0)
+    some, _ = found(kept_N)
+    missing = float((0.5 * v_N * whole.kl)[silent].sum())
+    assert missing > 0.01
+    torch.testing.assert_close(some.loss_sum, whole.loss_sum - missing, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some.kl, whole.kl * kept_N, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

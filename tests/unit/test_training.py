@@ -424,7 +424,8 @@ def test_knowledge_distillation_alone_has_no_advantage():
     teacher = {"path": "t"}
     make_step(updater, algorithm={"name": "kd_rkl"}, teacher=teacher, target=Target())(groups())
     assert {a for row in token_advantages(updater).values() for a in row} == {0.0}
-    assert len(token_advantages(updater)) == 6 and updater.specs[0].kl_coef == 1.0
+    assert len(token_advantages(updater)) == 6
+    assert (updater.specs[0].kl_coef, updater.specs[0].kl_weight) == (1.0, "ratio")
 
 
 def test_coefficients_adapt_to_what_was_measured():
@@ -449,6 +450,17 @@ def test_a_coefficient_rests_where_its_term_acted_on_nothing():
     assert [step(batch, number)["kl/coef"] for number in range(2)] == [0.5, 0.5]
     measured = make_step(Updater(), prompts=1, algorithm=keys, target=Target())
     assert [measured(batch, number)["kl/coef"] for number in range(2)] == pytest.approx([0.5, 0.5 * (1 - 0.2 * 2 / 60)])
+
+
+@pytest.mark.parametrize(("silent", "error"), [(frozenset(), 0.2), (frozenset({1, 2, 3}), -0.2)])
+def test_a_coefficient_adapts_to_the_tokens_that_its_term_acts_on(silent, error):
+    """Policy and target agree on the fourth token alone: where the others are silent, the KL is 0, below its goal."""
+    keys = {"kl": "k3", "kl_coef": 0.5, "kl_schedule": "adaptive", "kl_goal": 0.01, "kl_horizon": 60}
+    batch = [group(0, sample(1.0, 4), sample(-1.0, 4))]
+    step = make_step(Updater(), prompts=1, algorithm=keys, target=Target(), silent=silent)
+    first, second = step(batch, 0), step(batch, 1)
+    assert (first["kl/reference"] == 0.0) is bool(silent)
+    assert second["kl/coef"] == pytest.approx(0.5 * (1 + error * 2 / 60))
 
 
 class Values:

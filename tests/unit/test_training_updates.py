@@ -49,6 +49,11 @@ TERMS: dict[str, dict[str, Any]] = {
     "of wrong responses": {"kl": "k2", "kl_coef": 0.3, "kl_mask": "wrong", "kl_mask_mean": "kept"},
 }
 TERM_NAMES = list(TERMS)
+# Rows whose advantages come of models, on all ranks' responses: keys of the algorithm, figures to compare.
+ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "ppo": ({"ratio": "none", "ratio_against": None}, ("critic/loss", "critic/grad_norm", "critic/explained_variance")),
+    "iterative_dpo": ({"ratio_against": None}, ("pairs/num", "pairs/loss", "pairs/margin", "pairs/accuracy")),
+}
 # Of one and of two processes: ZeRO stage, layout, tokens of a micro-batch.
 WAYS = {
     1: [(2, "padded", 1000), (2, "packed", 30), (2, "shared", 60)],
@@ -268,6 +273,26 @@ def job_terms() -> dict[str, Any]:
     return found
 
 
+def job_rows() -> dict[str, Any]:
+    """Two steps of three updates, in each way of cutting them up: the second begins with a critic that has learnt."""
+    import torch.distributed as dist
+
+    from fastreason.critic import Critic
+
+    found = {}
+    for stage, layout, budget in WAYS[dist.get_world_size()]:
+        for name, (algorithm, _) in ROWS.items():
+            train = {"prompts_per_step": len(KL_REWARDS), "max_grad_norm": 0.5, "micro_batch_tokens": budget}
+            config = make_config("float32", stage, algorithm={"name": name, **algorithm}, train=train)
+            beside: dict[str, Any] = {"target": make_target(stage)}
+            if name == "ppo":
+                beside = {"critic": Critic(make_critic("float32", stage))}
+            step = make_step(config, make_updater(config), layout, ratio=None, **beside)
+            lines = [step(make_groups(KL_REWARDS), number) for number in range(2)]
+            found[name, stage, layout, budget] = {"norms": step.updater.grad_norms, "lines": lines}
+    return found
+
+
 def job_limits() -> dict[str, Any]:
     """A coefficient of 0 against no term; a teacher that is the student; no term against one that always is 0."""
     weights, norms = {}, {}
@@ -294,16 +319,20 @@ def job_limits() -> dict[str, Any]:
     return {"weights": weights, "norms": norms}
 
 
-def job_critic() -> dict[str, Any]:
-    """Steps of PPO with a critic that learns fast; its state saved, and one step more from both."""
-    import tempfile
-
-    from fastreason.critic import Critic, ValueModel
+def make_critic(dtype: str, stage: int) -> Any:
+    """One that learns fast."""
+    from fastreason.critic import ValueModel
     from fastreason.update.deepspeed import DeepSpeedCritic
 
-    def make_critic(dtype: str, stage: int) -> Any:
-        train = make_config(dtype, stage).train.model_copy(update={"lr": 3e-3, "lr_schedule": "constant"})
-        return DeepSpeedCritic(ValueModel(tiny_model(dtype)).train(), train, dtype, 40)
+    train = make_config(dtype, stage).train.model_copy(update={"lr": 3e-3, "lr_schedule": "constant"})
+    return DeepSpeedCritic(ValueModel(tiny_model(dtype)).train(), train, dtype, 40)
+
+
+def job_critic() -> dict[str, Any]:
+    """Steps of PPO; the critic's state saved, and one step more from both."""
+    import tempfile
+
+    from fastreason.critic import Critic
 
     found = {}
     for dtype, stage in (("float32", 0), ("float32", 2), ("bfloat16", 3)):
@@ -373,13 +402,13 @@ def run_ranks(folder: Path, num: int, *jobs: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process found."""
-    jobs = ("ratios", "importance", "empty", "terms", "limits", "critic")
+    jobs = ("ratios", "importance", "empty", "terms", "rows", "limits", "critic")
     return run_ranks(tmp_path_factory.mktemp("updates"), 1, *jobs)
 
 
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_ranks(tmp_path_factory.mktemp("ranks"), 2, "terms")
+    return run_ranks(tmp_path_factory.mktemp("ranks"), 2, "terms", "rows")
 
 
 @pytest.mark.parametrize("case", RATIOS, ids=lambda case: ", ".join(map(str, case)))
@@ -448,6 +477,23 @@ def test_no_way_of_cutting_up_a_step_changes_what_a_kl_term_does(found, of_two_r
         for key in ("loss/policy", "loss/kl", "loss/entropy", "kl/reference", "kl/coef"):
             assert way["figures"][key] == pytest.approx(expected["figures"][key], rel=1e-3, abs=1e-5), key
     assert expected["figures"]["kl/reference"] > 0.01
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_way_of_cutting_up_a_step_changes_what_models_make_of_rewards(found, of_two_ranks, name):
+    """Values and returns, whitening, pairs and their margins: over the responses of all ranks."""
+    ways = {key[1:]: value for key, value in found["rows"].items() if key[0] == name}
+    ways |= {("two ranks", *key[1:]): value for key, value in of_two_ranks["rows"].items() if key[0] == name}
+    assert len(ways) == sum(map(len, WAYS.values()))
+    (expected, *others) = ways.values()
+    for way in others:
+        assert way["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+        for line, wanted in zip(way["lines"], expected["lines"], strict=True):
+            for key in ("loss/policy", "loss/entropy", "train/empty_updates", *ROWS[name][1]):
+                assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key
+    assert all(norm > 1e-3 for norm in expected["norms"])
+    first, second = expected["lines"]
+    assert all(first[key] != second[key] for key in ROWS[name][1] if key not in ("pairs/num", "pairs/accuracy"))
 
 
 def test_every_kl_term_does_something_of_its_own(found):

@@ -9,11 +9,12 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fastreason import companions, launch
 from fastreason.algorithms import resolve_algorithm
-from fastreason.companions import ends_of_one_model, load_target
+from fastreason.companions import load_critic, load_target, resolve_companions
 from fastreason.config import parse_config
 from fastreason.errors import ConfigError, ModelError
-from fastreason.preflight import anchor_paths, check_critic, check_teacher
+from fastreason.preflight import Decisions, anchor_paths, check_critic, check_teacher
 from fastreason.vocabulary import check_same_vocabulary
 
 WORDS = ["<pad>", "<s>", "</s>", "<end>", "one", "two", "three"]
@@ -115,13 +116,13 @@ def test_preflight_looks_for_the_critic_too(tmp_path, model):
 
 
 def test_positions_that_end_before_a_response_can_are_refused(tmp_path, model):
-    """1024 prompt tokens and 16 of a response by default: by preflight, and at the trainer's start."""
-    teacher, session = save(tmp_path / "teacher"), SimpleNamespace(model_dir=str(model))
+    """1024 prompt tokens and 16 of a response by default: by preflight, and by the launcher."""
+    teacher = save(tmp_path / "teacher")
     taught, elsewhere = config(model, teacher), config("nobody/model", teacher)
     checks = [
         lambda: check_teacher(taught),
         lambda: check_teacher(elsewhere),
-        lambda: ends_of_one_model(session, taught, resolve_algorithm(taught)),
+        lambda: resolve_companions(taught, model),
     ]
     for limit in (1040, 1039):
         (teacher / "config.json").write_text(json.dumps({"max_position_embeddings": limit}))
@@ -147,24 +148,100 @@ def test_positions_of_a_critic_that_end_before_a_response_can_are_refused(tmp_pa
         check_critic(parse_config(raw))
 
 
-@pytest.mark.parametrize("where", ["server", "trainer"])
-def test_tokenizers_are_compared_without_a_teachers_weights(tmp_path, model, monkeypatch, where):
-    """Of a teacher on the hub nothing else is fetched before they are known to be equal; a server's weights never."""
-    teacher, asked = save(tmp_path / "teacher"), []
+# What the launcher finds, and the ranks are told
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with nothing in its cache: {name: folder}, and what was asked of it, (name, whether with weights)."""
+    folders, asked = {}, []
 
     def download(name, allow_patterns):
-        asked.append(allow_patterns)
-        return str(teacher)
+        asked.append((name, any(fnmatch("model.safetensors", pattern) for pattern in allow_patterns)))
+        return str(folders[name])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("fastreason.models._hub_snapshot", lambda name: None)
-    served = {"where": "server", "url": "http://u"} if where == "server" else {}
-    taught = config(model, "nobody/teacher", allow_download=True, **served)
-    algorithm, session = resolve_algorithm(taught), SimpleNamespace(model_dir=str(model))
-    assert ends_of_one_model(session, taught, algorithm) == frozenset()
-    assert len(asked) == 1 and not [pattern for pattern in asked[0] if fnmatch("model.safetensors", pattern)]
-    if where == "server":
-        assert load_target(session, taught, algorithm, None, len(WORDS)) is None and len(asked) == 1
+    return SimpleNamespace(folders=folders, asked=asked)
+
+
+def session_of(config, tmp_path, only=None):
+    """The session of a run of which nothing is started."""
+    decisions = Decisions(device="cpu", attention="sdpa", liger=False)
+    with launch._folders(config, tmp_path, decisions, resume=False, only=only, groups_dir=None) as session:
+        return session
+
+
+def test_a_teacher_on_the_hub_is_fetched_by_the_launcher_and_looked_for_by_no_rank(tmp_path, model, hub, monkeypatch):
+    """Its tokenizer first. The ranks run without a network, and load the folder that the session names."""
+    hub.folders["nobody/teacher"] = save(tmp_path / "teacher", eos_token="<end>")
+    taught = config(model, "nobody/teacher", allow_download=True)
+    session = session_of(taught, tmp_path)
+    assert hub.asked == [("nobody/teacher", False), ("nobody/teacher", True)]
+    assert (session.teacher_dir, session.critic_dir) == (str(tmp_path / "teacher"), None)
+    assert session.silent_ids == (2, 3)
+
+    def refuse(*arguments, **keys):
+        raise AssertionError("a rank looked for a model")
+
+    loaded = []
+    monkeypatch.setattr(companions, "resolve_model", refuse)
+    monkeypatch.setattr(companions, "load_frozen", lambda folder, *rest: loaded.append(folder))
+    load_target(session, taught, resolve_algorithm(taught), None, len(WORDS))
+    assert loaded == [tmp_path / "teacher"]
+
+
+def test_of_a_teacher_that_cannot_be_compared_no_weights_are_fetched(tmp_path, model, hub):
+    hub.folders["nobody/teacher"] = save(tmp_path / "other", [*WORDS[:4], "two", "one", "three"])
+    with pytest.raises(ConfigError, match="has another tokenizer than model"):
+        session_of(config(model, "nobody/teacher", allow_download=True), tmp_path)
+    assert hub.asked == [("nobody/teacher", False)]
+    with pytest.raises(ModelError, match=r"teacher\.path='nobody/teacher'.*Pass teacher\.allow_download=true"):
+        session_of(config(model, "nobody/teacher"), tmp_path)
+
+
+@pytest.mark.parametrize("only", [None, "rollout"])
+def test_the_weights_of_a_served_teacher_are_never_fetched(tmp_path, model, hub, only):
+    hub.folders["nobody/teacher"] = save(tmp_path / "teacher")
+    served = config(model, "nobody/teacher", allow_download=True, where="server", url="http://u")
+    session = session_of(served, tmp_path, only)
+    assert hub.asked == [("nobody/teacher", False)] and session.teacher_dir is None
+    assert load_target(session, served, resolve_algorithm(served), None, len(WORDS)) is None
+
+
+def test_a_run_that_only_generates_fetches_neither_teacher_nor_critic(tmp_path, model, hub):
+    for made in (config(model, "nobody/teacher", allow_download=True), with_critic(model, "nobody/critic")):
+        session = session_of(made, tmp_path, only="rollout")
+        assert hub.asked == [] and session.teacher_dir is session.critic_dir is None
+
+
+def with_critic(model, path, **critic):
+    changes = {"critic": {"path": str(path), **critic}, "algorithm": {"name": "ppo"}, "teacher": {}}
+    raw = {**config(model, model).model_dump(), **changes}
+    raw["model"]["allow_download"] = True
+    return parse_config(raw)
+
+
+def test_a_critic_on_the_hub_is_fetched_by_the_launcher_too(tmp_path, model, hub, monkeypatch):
+    hub.folders["nobody/critic"] = critic = save(tmp_path / "critic")
+    session = session_of(with_critic(model, "nobody/critic"), tmp_path)
+    assert hub.asked == [("nobody/critic", True)] and session.critic_dir == str(critic)
+    (critic / "config.json").write_text(json.dumps({"max_position_embeddings": 1039}))
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=1039 of the model of critic\.path"):
+        session_of(with_critic(model, "nobody/critic"), tmp_path)
+
+
+def test_the_rate_of_a_critic_is_its_own_and_constant(tmp_path, model, monkeypatch):
+    """Whatever the policy's does."""
+    made = with_critic(model, model, lr=3e-5)
+    raw = made.model_dump()
+    raw["train"] |= {"lr": 1e-6, "lr_schedule": "linear", "warmup_share": 0.25}
+    given = []
+    monkeypatch.setattr(companions, "load_value_model", lambda *arguments: None)
+    monkeypatch.setattr("fastreason.update.deepspeed.DeepSpeedCritic", lambda module, train, *rest: given.append(train))
+    load_critic(session_of(made, tmp_path), parse_config(raw), None)
+    (train,) = given
+    assert (train.lr, train.lr_schedule, train.warmup_steps, train.warmup_share) == (3e-5, "constant", 0, 0.0)
 
 
 def test_each_tokenizer_may_run_the_code_that_its_own_key_trusts(tmp_path, model, monkeypatch):

@@ -52,7 +52,7 @@ def token_loss(
     if spec.gate == "cispo":
         return TokenLoss(plain, token_columns)  # a detached ratio of 1
     # The ratio is 1 whatever the log-probabilities are, so that its gate and their derivative are known beforehand.
-    policy_only = replace(spec, kl="none", kl_coef=0.0, entropy_coef=0.0)
+    policy_only = replace(spec, kl="none", kl_coef=0.0, kl_weight="none", entropy_coef=0.0)
 
     logp = torch.zeros_like(columns["advantages"], dtype=dtype)
     slope = None
