@@ -160,7 +160,7 @@ def test_a_producer_that_dies_is_followed_by_one_that_goes_on(moment, staleness)
     config = make_config(batch_size=2, steps=4, staleness=staleness)
     with tempfile.TemporaryDirectory(prefix="fr-") as folder:
         line = Succession(folder, config)
-        first = line.begin(lambda run: run.engine.held.add("t3") if moment == "generating" else None)
+        first = line.begin(lambda run: run.engine.held.add("t3" if moment == "generating" else "t5"))
         client = ProducerClient(first.socket_path, 20.0, 20.0, may_rejoin=True)
         client.start(0, 0, None)
         trained = []
