@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 LOGGED_KL = ("algorithm.kl=k3", "algorithm.kl_coef=1e-12")
-FOUR_UPDATES = ("train.prompts_per_update=3", "train.lr=2e-5", "algorithm.ratio_against=trainer", *LOGGED_KL)
-# Held-out problems cost 800 responses twice: only where a finding is about them, and where arms must train on the same prompts.
-HELD_OUT = ("eval.num_prompts=50", "eval.samples_per_prompt=16")
-ONE_UPDATE = ("train.lr=5e-5", "algorithm.ratio_against=trainer", *HELD_OUT)
+FOUR_UPDATES = ("train.prompts_per_update=8", "train.lr=2e-4", "algorithm.ratio_against=trainer", *LOGGED_KL)
+# Held-out problems cost 1,600 responses twice: only where a finding is about them, or where arms must have the same prompts.
+HELD_OUT = ("eval.num_prompts=100", "eval.samples_per_prompt=16")
+ONE_UPDATE = ("train.lr=4e-4", "algorithm.ratio_against=trainer", *HELD_OUT)
 DUAL_CLIP = ("algorithm.dual_clip=3.0",)
 TAUGHT = ("algorithm.kl=k2", "algorithm.kl_target=teacher")
 
@@ -28,12 +28,12 @@ TEACHER_SEED = 1000  # no student has its samples
 
 @dataclass(frozen=True)
 class Arm:
-    """label: in figures. overrides: of job.yaml. taught: needs the teacher. guess_s: seconds on two cores, until measured."""
+    """label: in figures. overrides: of job.yaml. taught: needs the teacher. guess_s: seconds on one core, until measured."""
 
     label: str
     overrides: tuple[str, ...]
     taught: bool = False
-    guess_s: float = 300.0
+    guess_s: float = 120.0
 
 
 ARMS: dict[str, Arm] = {
@@ -61,15 +61,14 @@ ARMS: dict[str, Arm] = {
         "teacher",
         (
             "algorithm.name=grpo",
-            "train.steps=32",
-            "train.lr=4e-5",
+            "train.steps=120",
+            "train.lr=4e-4",
             "train.lr_schedule=linear",
             *HELD_OUT,
             "rollout.samples_per_prompt=16",
-            "rollout.max_staleness=1",
             "checkpoint.save_model=true",
         ),
-        guess_s=600.0,
+        guess_s=240.0,
     ),
 }
 

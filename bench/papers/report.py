@@ -114,7 +114,7 @@ def draw(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("SmolLM2-135M on one-digit sums; means over seeds of running means over 3 steps, and their range")
+    figure.suptitle("A 0.4M Llama on sums; means over seeds of running means over 3 steps, and their range")
     canvas.print_png(str(path))
 
 

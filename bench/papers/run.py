@@ -3,12 +3,14 @@
     python bench/papers/run.py [--findings a,b,c,d,e] [--seeds 0,1,2] [--budget-min M] [--out DIR] [--json FILE]
                                [--plan] [key=value ...] [ARM:key=value ...]
 
-Each (arm, seed) is `fastreason train` on job.yaml in a process of its own. A finished run is kept as it ends, and the
-same command skips it; an interrupted one goes on from its checkpoint where it has one, and else starts again. With a
-budget no run starts that is not expected to fit into what is left (of an interrupted one: what is left of its steps), and
-one that does not fit after all is told to stop when the budget ends: it saves itself, and the next command goes on with
-it; one that had only its end to write is kept. Ctrl-C stops in the same way. Overrides are for all arms but the teacher,
-with `ARM:` for one. Answers, table and curves are in DIR, and again by report.py DIR.
+All arms start from the model of base.py, which is trained first. Each (arm, seed) is `fastreason train` on job.yaml in a
+process of its own, mostly of one core: `taskset -c 0` and `taskset -c 1` make two findings' runs beside each other, in
+folders of their own. A finished run is kept as it ends, and the same command skips it; an interrupted one goes on from its
+checkpoint where it has one, and else starts again. With a budget no run starts that is not expected to fit into what is left
+(of an interrupted one: what is left of its steps), and one that does not fit after all is told to stop when the budget ends:
+it saves itself, and the next command goes on with it; one that had only its end to write is kept. Ctrl-C stops in the same
+way. Overrides are for all arms but the teacher, with `ARM:` for one. Answers, table and curves are in DIR, and again by
+report.py DIR.
 """
 
 from __future__ import annotations
@@ -25,16 +27,15 @@ from pathlib import Path
 from typing import Literal
 
 from arms import ARMS, TEACHER_RUN, Run, arm_overrides, expected_s, runs_wanted
+from base import TRAINER, make_base
 from findings import FINDINGS
 from report import write_report
 from store import Store
 
 from fastreason.config import load_config
-from fastreason.cores import available_cores
 from fastreason.processes import spawn, tail
 
 JOB = Path(__file__).resolve().parent / "job.yaml"
-TRAINER = (sys.executable, "-m", "fastreason.cli")
 GRACE_S = 120.0  # for a run that is told to stop to save its state
 LOOK_S = 0.2
 
@@ -134,11 +135,10 @@ class Runner:
         return "failed"
 
     def own(self, run: Run) -> list[str]:
-        """Overrides that a run has for itself: its place, its seed, this machine's cores, its teacher."""
+        """Overrides that a run has for itself: its place, its seed, the model and problems of base.py, its teacher."""
         found = [f"run.name={run.name}", f"run.dir={self.store.runs}", f"run.seed={run.seed}"]
-        cores = available_cores()
-        if len(cores) > 1:
-            found += [f"rollout.cores='{cores[0]}'", f"train.cores='{cores[1]}'"]
+        base = self.store.folder / "base"
+        found += [f"model.path={base / 'run' / 'model'}", f"data.path={base / 'problems.jsonl'}"]
         if ARMS[run.arm].taught:
             found.append(f"teacher.path={self.store.path(TEACHER_RUN) / 'model'}")
         return found
@@ -193,6 +193,7 @@ def main(arguments: Sequence[str] | None = None, trainer: Sequence[str] = TRAINE
     former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with runner.store.alone():
+            make_base(runner.store.folder, trainer)
             complete = runner.make(runs, options.findings, options.json)
             print(write_report(runner.store, options.findings, options.json), flush=True)
         return 0 if complete else 1

@@ -15,7 +15,7 @@ import pytest
 from fastreason.config import load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench" / "papers"
-MODULES = ("arms", "curves", "findings", "report", "run", "store")
+MODULES = ("arms", "base", "curves", "findings", "report", "run", "store")
 
 # Takes the arguments of `fastreason train` and writes what such a run leaves. FAKE_PACE: seconds a step. It fails in arms
 # named in FAKE_FAILS, and when told to stop it saves a checkpoint, as the real one does. FAKE_LINGERS: it is not done after
@@ -55,7 +55,7 @@ for step in range(done + 1, 17):
         file.write(json.dumps(line) + "\\n")
 lingers = os.environ.get("FAKE_LINGERS", "")
 for name, right in (("before", 1), ("after", 12))[: 1 if lingers == "eval" else 2]:
-    rows = [{"prompt_id": p, "correct": n < right} for p in range(50) for n in range(16)]
+    rows = [{"prompt_id": p, "correct": n < right} for p in range(100) for n in range(16)]
     (folder / f"eval-{name}.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 16, "train_wall_s": 60.0}))
 while lingers and not stopped:
@@ -267,12 +267,16 @@ def made_by_stand_in(papers, tmp_path, monkeypatch):
     """main() of run.py with the stand-in as its trainer, and what the stand-in was asked for."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
+    (tmp_path / "out" / "base" / "run" / "model").mkdir(parents=True)  # made before: every run asks for it
 
     def call(*arguments, **environment):
         for key, usual in (("FAKE_PACE", "0"), ("FAKE_FAILS", ""), ("FAKE_LINGERS", "")):
             monkeypatch.setenv(key, environment.get(key, usual))
         out = tmp_path / "out"
-        return papers["run"].main(["--out", str(out), *arguments], [sys.executable, str(script)])
+        steps = (
+            [] if any("train.steps" in argument for argument in arguments) else ["train.steps=16"]
+        )  # as the stand-in
+        return papers["run"].main(["--out", str(out), *arguments, *steps], [sys.executable, str(script)])
 
     def calls():
         path = tmp_path / "out" / "calls.jsonl"
@@ -280,6 +284,38 @@ def made_by_stand_in(papers, tmp_path, monkeypatch):
 
     call.calls, call.out, call.script = calls, tmp_path / "out", script
     return call
+
+
+def test_the_texts_of_the_base_go_four_ways_and_one_is_right(papers, tmp_path):
+    base = papers["base"]
+    base.write_texts(tmp_path)
+    texts, problems = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("texts", "problems")
+    )
+    right: dict[str, list[bool]] = {}
+    for text in texts:
+        a, b = map(int, text["problem"].removesuffix("=").split("+"))
+        right.setdefault(text["response"][0], []).append(text["response"][2:] == str(a + b))
+        assert text["response"][1] == " " and set(text["problem"] + text["response"]) <= set(base.SYMBOLS)
+    shares = {way: len(found) / len(texts) for way, found in right.items()}
+    assert shares == pytest.approx(base.SHARES, abs=0.01)
+    assert all(right["a"]) and not any(right["k"]) and 0.4 < sum(right["b"]) / len(right["b"]) < 0.7
+    assert len({row["problem"] for row in problems}) == base.NUM_PROBLEMS, (
+        "one that comes twice could be held out and trained"
+    )
+    for row in problems:
+        a, b = map(int, row["problem"].removesuffix("=").split("+"))
+        assert row["answer"] == str(a + b)
+
+
+def test_a_base_that_is_there_is_not_made_again_and_one_that_fails_ends_all(papers, tmp_path):
+    make_base = papers["base"].make_base
+    with pytest.raises(SystemExit, match="base ended with 3"):
+        make_base(tmp_path, [sys.executable, "-c", "raise SystemExit(3)"])
+    model = tmp_path / "base" / "run" / "model"
+    model.mkdir(parents=True)
+    assert make_base(tmp_path, ["/no/such/program"]) == model
 
 
 def test_finished_runs_are_kept_and_skipped(made_by_stand_in, capsys):
@@ -309,10 +345,10 @@ def test_a_run_gets_its_seed_its_place_and_its_teacher(made_by_stand_in):
 
 
 def test_a_budget_starts_nothing_that_does_not_fit(made_by_stand_in, capsys):
-    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "4.9") == 0
+    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "1.9") == 0
     assert made_by_stand_in.calls() == []
-    assert "5.0 min (a guess" in capsys.readouterr().out
-    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "5.1") == 0
+    assert "2.0 min (a guess" in capsys.readouterr().out
+    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "2.1") == 0
     # By now it is known that a run takes a second or two.
     assert made_by_stand_in("--findings", "e", "--seeds", "0,1", "--budget-min", "0.5") == 0
     assert [call[0] for call in made_by_stand_in.calls()] == ["rlvr-seed0", "rlvr-seed1"]
@@ -367,7 +403,9 @@ def test_a_run_that_goes_on_is_charged_for_the_steps_that_are_left(made_by_stand
     run = arms.Run("rlvr", 0)
     folder, runner = store.path(run), papers["run"].Runner(store)
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(load_config(papers["run"].JOB, arms.arm_overrides("rlvr", []))))
+    (folder / "config.yaml").write_text(
+        dump_config(load_config(papers["run"].JOB, arms.arm_overrides("rlvr", ["train.steps=16"])))
+    )
     for done, share in ((12, 4 / 16), (16, 1.0)):
         checkpoints = CheckpointStore(folder, 1, False)
         checkpoints.aside(done)
@@ -375,8 +413,8 @@ def test_a_run_that_goes_on_is_charged_for_the_steps_that_are_left(made_by_stand
         assert runner.expected(run) == (arms.ARMS["rlvr"].guess_s * share, False)
         if share < 1:
             given = ("--findings", "e", "--seeds", "0", "--budget-min")
-            assert made_by_stand_in(*given, "1.2") == 0 and made_by_stand_in.calls() == []
-            assert "1.2 min (a guess" in capsys.readouterr().out
+            assert made_by_stand_in(*given, "0.4") == 0 and made_by_stand_in.calls() == []
+            assert "0.5 min (a guess" in capsys.readouterr().out
 
 
 def interrupt(made_by_stand_in, name, **environment):
@@ -384,6 +422,7 @@ def interrupt(made_by_stand_in, name, **environment):
     paths = os.pathsep.join(map(str, (FOLDER, *sys.path)))
     code = f"import sys, run; sys.exit(run.main(sys.argv[1:], [sys.executable, {str(made_by_stand_in.script)!r}]))"
     command = [sys.executable, "-P", "-c", code, "--out", str(made_by_stand_in.out), "--findings", "e", "--seeds", "0"]
+    command.append("train.steps=16")
     bench = subprocess.Popen(
         command,
         env={**os.environ, "PYTHONPATH": paths, **environment},
