@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -53,18 +52,3 @@ def test_kdrl_learns_from_a_teacher_that_has_the_name_of_one_on_the_hub(train_ru
         assert row["kl/coef"] == 0.1 and row["kl/teacher"] > 0.01 and row["loss/kl"] > 0.01
         assert row["train/grad_norm"] > 0 and row["train/updates"] == 2
     assert run.left_behind(2) == [] and run.files_left() == []
-
-
-def test_a_teacher_of_another_vocabulary_is_refused_before_anything_starts(train_run, tiny_model, tmp_path):
-    """By the launcher, also where it is no folder that could be looked at before."""
-    other = shutil.copytree(tiny_model, tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    cached(tmp_path / "hub", "nobody/other", other)
-    run = train_run(algorithm={"name": "kdrl"}, teacher={"path": "nobody/other"})
-    run.environment["HF_HUB_CACHE"] = str(tmp_path / "hub")
-    assert run.run(timeout_s=60) == 2, run.output + run.logs()
-    assert "has another tokenizer than model.path" in run.output and "'a' is" in run.output
-    assert not (run.run_dir / "logs").exists(), "a process was started"
