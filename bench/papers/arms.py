@@ -61,7 +61,7 @@ ARMS: dict[str, Arm] = {
         "teacher",
         (
             "algorithm.name=grpo",
-            "train.steps=120",
+            "train.steps=80",
             "train.lr=4e-4",
             "train.lr_schedule=linear",
             *HELD_OUT,
