@@ -23,7 +23,7 @@ def report(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     command = [sys.executable, "-P", str(ROOT / "bench" / "aot.py"), "--json", str(folder / "report.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((folder / "report.json").read_text())
     assert all(row["kernel"] in done.stdout for row in rows)

@@ -37,7 +37,7 @@ def test_command_in_its_own_process(tmp_path):
     arguments += ["--only", "cross_entropy", "--impl", "eager,fastreason", "--json", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", str(FOLDER / "ops.py"), *arguments]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=560, env=environment)
     assert answer.returncode == 0, answer.stderr
     document = json.loads(path.read_text())
     head = document["head"]

@@ -22,7 +22,7 @@ def test_imports_without_triton_and_without_the_trainer():
         "import sys; sys.modules['triton'] = None; sys.modules['fastreason'] = None; import fastreason_kernels; "
         "import fastreason_kernels.testing"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=400)
 
 
 def test_import_rules():

@@ -20,7 +20,7 @@ from fastreason_kernels.testing import assert_no_worse, head_case
 WORLD, NUM_TOKENS, VOCAB, WIDTH, RANK = 3, 30, 54, 16, 3
 # Members of each group: all ranks, and two pairs, in the last of which a member's rank differs from its global rank.
 GROUPS = {"world": [0, 1, 2], "first two": [0, 1], "last two": [1, 2]}
-TIMEOUT_S = 90
+TIMEOUT_S = 540
 
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 SPLIT = ("weight", "bias", "lora_b")

@@ -53,7 +53,7 @@ print("\\n".join(["fastreason_kernels", *names]))
 
 
 def run(*command, **options):
-    answer = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240, **options)
+    answer = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=560, **options)
     assert answer.returncode == 0, f"{command[:4]}\n{answer.stdout}\n{answer.stderr}"
     return answer.stdout
 
@@ -102,7 +102,7 @@ def pip_in(python, *arguments):
 def complaints(python):
     """The lines of `pip check`."""
     answer = subprocess.run(
-        [str(part) for part in pip_in(python, "check")], capture_output=True, text=True, timeout=120
+        [str(part) for part in pip_in(python, "check")], capture_output=True, text=True, timeout=400
     )
     lines = set(answer.stdout.splitlines())
     assert answer.returncode == 0 or lines, answer.stderr

@@ -19,7 +19,7 @@ from fastreason_kernels import PolicyLossSpec, linear_logprob
 from fastreason_kernels.integrations.head import FusedLMHead
 
 VOCAB, WIDTH, NUM_TOKENS, STEPS, RATE = 53, 16, 24, 2, 0.05
-TIMEOUT_S = 120
+TIMEOUT_S = 540
 PPO = PolicyLossSpec(clip_low=None, clip_high=None, entropy_coef=0.1)
 # (tied, frozen head, spec or None for log-probabilities whose loss is made outside of the module, strategy)
 CASES = {
