@@ -20,21 +20,17 @@ computed. Evaluations are in no step's time; peak_mb is the memory of all proces
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+from children import cpu_name, run_child
 from end_to_end_rows import Part, Step, curve, print_table, rows_of
 
 from fastreason.config import Config, dump_config, load_config
@@ -44,8 +40,6 @@ from fastreason.preflight import settle_dtypes
 
 HERE = Path(__file__).resolve().parent
 JOB = HERE / "end_to_end.yaml"
-PART_SECONDS = 1800  # longest run of one trainer
-LOOK_S = 1.0  # between two looks at the memory
 ALLOCATOR_SHARE = 0.3  # of a GPU's memory for vLLM beside the trainer: TRL's default for its colocated engine
 
 
@@ -68,71 +62,11 @@ TRAINERS = {
 }
 
 
-class MemoryPeak(threading.Thread):
-    """Samples the memory of a process and all below it; `mb` is the largest sum, shared pages counted once (PSS)."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.mb = 0.0
-        self._pid, self._ended = pid, threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(LOOK_S):
-            total = 0
-            with contextlib.suppress(psutil.Error):
-                root = psutil.Process(self._pid)
-                for process in [root, *root.children(recursive=True)]:
-                    with contextlib.suppress(psutil.Error):
-                        memory = process.memory_full_info()
-                        total += getattr(memory, "pss", memory.rss)
-            self.mb = max(self.mb, total / 1e6)
-
-    def stop(self) -> None:
-        self._ended.set()
-
-
-def run_child(command: list[str], log: Path) -> float:
-    """Run a command to its end, all that it prints into `log`; returns its peak memory, MB.
-
-    Raises SystemExit with the end of the log when it fails; whatever happens, nothing of it keeps running.
-    """
-    with open(log, "wb") as file:
-        child = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-        peak = MemoryPeak(child.pid)
-        peak.start()
-        try:
-            code = child.wait(PART_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"{' '.join(command)}: not done in {PART_SECONDS} s; see {log}") from None
-        finally:
-            peak.stop()
-            end_group(child)
-    if code:
-        raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read_text(errors='replace')[-3000:]}")
-    return peak.mb
-
-
-def end_group(child: subprocess.Popen[bytes]) -> None:
-    """End a child and its process group: asked first, since it cleans up after itself, killed after 20 s."""
-    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(patience)
-            return
-
-
 def run_trl(name: str, config: Config, folder: Path, options: argparse.Namespace) -> Part:
     """One run of GRPOTrainer, in a process of its own."""
     job, out = folder / "job.yaml", folder / "trl.jsonl"
     job.write_text(dump_config(config), encoding="utf-8")
-    command = [sys.executable, "-P", str(HERE / "end_to_end_trl.py"), str(job), str(out)]
+    command = [sys.executable, str(HERE / "end_to_end_trl.py"), str(job), str(out)]
     command += ["--micro-batch", str(options.trl_micro_batch), "--attention", options.trl_attention]
     peak_mb = run_child(command, folder / "trl.log")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -188,13 +122,6 @@ def write_json(parts: list[Part], options: argparse.Namespace) -> list[dict[str,
         aside.write_text(text + "\n")
         aside.replace(options.json)
     return rows
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor()
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_arguments import training_arguments
 
 from fastreason.algorithms import resolve_algorithm
 from fastreason.config import Config, load_config
@@ -49,38 +50,19 @@ def grpo_config(config: Config, micro_batch: int, attention: str, cuda: bool, fo
             "vllm_max_model_length": config.data.max_prompt_tokens + rollout.max_new_tokens,
         }
     return GRPOConfig(
-        output_dir=folder,
-        use_cpu=not cuda,
-        bf16=config.model.dtype == "bfloat16",
-        model_init_kwargs={"attn_implementation": attention},
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        **training_arguments(config, folder, attention, cuda),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=num_samples // micro_batch,
         num_generations=rollout.samples_per_prompt,
         max_completion_length=rollout.max_new_tokens,
         temperature=rollout.temperature,
         shuffle_dataset=False,
-        max_steps=train.steps,
-        learning_rate=train.lr,
-        lr_scheduler_type="constant",
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_eps,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused",
         beta=0.0,
         num_iterations=1,
         epsilon=algorithm.spec.clip_low,
         epsilon_high=algorithm.spec.clip_high,
         loss_type=LOSS_TYPES[algorithm.aggregation],
         scale_rewards="group" if config.algorithm.advantage.get("std", True) else "none",
-        seed=config.run.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         **vllm,
     )
 

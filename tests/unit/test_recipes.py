@@ -10,6 +10,7 @@ import pytest
 from fastreason import cli
 from fastreason.algorithms import ALGORITHMS, resolve_algorithm
 from fastreason.config import load_config, num_updates
+from fastreason.distill.section import load_distill_config
 from fastreason.objectives import resolve_objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +186,23 @@ def test_distillation_has_the_papers_numbers():
     assert (redi.train.weight_decay, redi.train.prompts_per_step) == (1e-4, 128)
     assert (rl.train.lr, rl.train.adam_beta1, rl.train.adam_beta2, rl.train.weight_decay) == (1e-6, 0.9, 0.95, 1e-4)
     assert all((c.offline.epochs, c.offline.max_tokens) == (5, 32768) for c in (redi, rl))
+
+
+def test_the_stages_of_the_mini_chain_fit_together():
+    """Each starts from the run before it, on data that `fastreason distill --out data/sums` writes, with the same prompts."""
+    distill = load_distill_config(ROOT / "configs" / "mini" / "distill.yaml")
+    sft, redi, rl = (recipe(f"mini/{name}")[0] for name in ("sft", "redi", "rl_from_distilled"))
+    assert sft.model.path == distill.model.path
+    assert (redi.model.path, rl.model.path) == (f"runs/{sft.run.name}", f"runs/{redi.run.name}")
+    assert {c.run.on_exists for c in (sft, redi)} == {"error"}, "a second run under another name would not be taken"
+    assert (sft.offline.path, redi.offline.path) == ("data/sums/positives.jsonl", "data/sums/pairs.jsonl")
+    assert (resolve_objective(sft).pairs, resolve_objective(redi).pairs) == (False, True)
+    for key in ("system_prompt", "user_template", "chat_template", "max_prompt_tokens", "problem_column"):
+        assert len({getattr(c.data, key) for c in (distill, sft, redi, rl)}) == 1, key
+    assert rl.data == distill.data and rl.eval.num_prompts == distill.distill.held_out, "other problems are held out"
+    assert rl.rollout.max_new_tokens == distill.distill.max_new_tokens and rl.reward == distill.reward
+    quickstart = recipe("quickstart")[0]
+    assert (rl.data, rl.eval) == (quickstart.data, quickstart.eval), "its accuracies compare with the quickstart's"
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if name.startswith("kdrl/")])
