@@ -55,7 +55,7 @@ print(*[step(19800, spec) - before for spec in specs])
 def test_a_row_of_19800_tokens_needs_far_less_memory_than_its_logits():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-c", LONG_ROW]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     redi_gib, simpo_gib = map(float, done.stdout.split())
     assert 0 < redi_gib < 1.2 and simpo_gib < 1.2, done.stdout

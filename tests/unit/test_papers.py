@@ -356,7 +356,7 @@ def test_a_budget_starts_nothing_that_does_not_fit(made_by_stand_in, capsys):
 
 
 def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by_stand_in, papers, rlvr_within_seconds):
-    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.1", FAKE_PACE="0.5") == 0
+    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.25", FAKE_PACE="0.5") == 0
     folder = made_by_stand_in.out / "runs" / "rlvr-seed0"
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     assert 0 < done < 16 and not (made_by_stand_in.out / "finished.jsonl").exists()
@@ -378,7 +378,7 @@ def rlvr_within_seconds(papers, monkeypatch):
 
 def test_a_run_that_has_trained_to_its_end_is_kept_when_the_budget_ends(made_by_stand_in, rlvr_within_seconds, capsys):
     """Told to stop while its processes end: hours of training are there, and so is the evaluation."""
-    given = ("--findings", "e", "--seeds", "0", "--budget-min", "0.1")
+    given = ("--findings", "e", "--seeds", "0", "--budget-min", "0.25")
     assert made_by_stand_in(*given, FAKE_LINGERS="end") == 0
     (kept,) = (made_by_stand_in.out / "finished.jsonl").read_text().splitlines()
     assert json.loads(kept)["arm"] == "rlvr" and "rlvr-seed0: done" in capsys.readouterr().out
@@ -387,7 +387,7 @@ def test_a_run_that_has_trained_to_its_end_is_kept_when_the_budget_ends(made_by_
 
 
 def test_a_run_that_lacks_its_last_evaluation_is_not_kept_and_says_so(made_by_stand_in, rlvr_within_seconds, capsys):
-    given = ("--findings", "e", "--seeds", "0", "--budget-min", "0.1")
+    given = ("--findings", "e", "--seeds", "0", "--budget-min", "0.25")
     assert made_by_stand_in(*given, FAKE_LINGERS="eval") == 0
     assert not (made_by_stand_in.out / "finished.jsonl").exists()
     assert "rlvr-seed0: stopped; the same command starts it again, as it has no" in capsys.readouterr().out
