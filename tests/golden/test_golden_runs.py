@@ -29,8 +29,8 @@ ROWS = (
 RESUMED = ("grpo_kl", "ppo")
 WITHOUT_CLIP = ("iterative_dpo", "kd_rkl")
 COMPARED = {"grpo_kl": "reference", "kdrl": "teacher", "kd_rkl": "teacher", "kdrl_exact": "teacher"}
-# Numbers that are differences of fp32 log-probabilities of some 5 nats, whose last bit is 5e-7, are not closer than this on another
-# CPU: 1e-7 between one with AVX512 and one with AVX2.
+# Some numbers are differences of fp32 log-probabilities of some 5 nats, whose last bit is 5e-7: another CPU gives others, 1e-7
+# apart between one with AVX512 and one with AVX2.
 RTOL, ATOL = 1e-6, 2e-7
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]

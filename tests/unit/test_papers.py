@@ -356,7 +356,7 @@ def test_a_budget_starts_nothing_that_does_not_fit(made_by_stand_in, capsys):
 
 
 def test_a_run_that_outlasts_the_budget_saves_itself_and_is_gone_on_with(made_by_stand_in, papers, rlvr_within_seconds):
-    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.25", FAKE_PACE="0.5") == 0
+    assert made_by_stand_in("--findings", "e", "--seeds", "0", "--budget-min", "0.25", FAKE_PACE="1.5") == 0
     folder = made_by_stand_in.out / "runs" / "rlvr-seed0"
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     assert 0 < done < 16 and not (made_by_stand_in.out / "finished.jsonl").exists()
