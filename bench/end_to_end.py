@@ -1,6 +1,6 @@
 """The same GRPO job with TRL's GRPOTrainer and with fastreason, side by side: seconds a step, tokens trained a second, memory.
 
-    python bench/end_to_end.py [--json FILE] [--steps 8] [--rounds 1] [--trainers trl,ours,ours_exact] [key=value ...]
+    python bench/end_to_end.py [--json FILE] [--steps 9] [--rounds 2] [--trainers trl,ours,ours_exact] [key=value ...]
 
 The job is bench/end_to_end.yaml, with `key=value` overrides for both sides. Rows:
 
@@ -14,7 +14,8 @@ step's tokens, no KL), one update a step, AdamW with the same rate, betas and cl
 Different: the random numbers, so the responses; TRL trains on what the current weights sampled, fastreason with
 rollout.max_staleness=1 on groups that lag by one version, its ratio taken against the sampler. Each runs in processes of
 its own on the same cores. Tokens are counted as TRL counts them: prompt and response of every sample, whatever was
-computed. Evaluations are in no step's time; peak_mb is the memory of all processes of a trainer, shared pages counted once.
+computed; a row's rate is all tokens over all seconds of the measured steps. Evaluations are in no step's time; peak_mb is
+the memory of all processes of a trainer, shared pages counted once.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ ALLOCATOR_SHARE = 0.3  # of a GPU's memory for vLLM beside the trainer: TRL's de
 class Trainer:
     """One row: which side runs, its overrides of the job, and how many steps at its start and end are not measured.
 
-    Ours has two warm steps, since the first waits for a whole batch, and ends with one during which nothing is generated.
+    Of ours the first three are not: the first waits for a whole batch, and while it compiles and warms up, batches are
+    made ahead that the next two find ready. Nor is the last, during which nothing is generated.
     """
 
     overrides: tuple[str, ...] = ()
-    skip_first: int = 2
+    skip_first: int = 3
     skip_last: int = 1
 
 
@@ -127,10 +129,12 @@ def write_json(parts: list[Part], options: argparse.Namespace) -> list[dict[str,
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write, after each part")
-    parser.add_argument("--steps", type=int, default=8, help="steps of each run")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each trainer, in alternation")
+    parser.add_argument("--steps", type=int, default=9, help="steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer, in alternation")
     parser.add_argument("--trainers", default=",".join(TRAINERS))
-    parser.add_argument("--eval-every", type=int, default=4, help="0: before and after only")
+    parser.add_argument(
+        "--eval-every", type=int, default=0, help="0: before and after only; a step after one finds more made ahead"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cores", help="cores of each trainer, e.g. 0-1; default: the first two, on a GPU all")
     parser.add_argument("--trl-micro-batch", type=int, default=32, help="per_device_train_batch_size")

@@ -54,25 +54,30 @@ def measured(part: Part, skip_first: int, skip_last: int) -> list[Step]:
 
 
 def rows_of(parts: Sequence[Part], skips: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
-    """A row per trainer, medians over the measured steps of all its runs; the ratio to TRL's tokens a second, if it ran.
+    """A row per trainer; the ratio to TRL's tokens a second, if it ran.
 
+    A run's tokens a second are all tokens over all seconds of its measured steps, and a row has the median over its runs:
+    where generation and training take turns in making each other wait, no single step is typical.
     `skips`: {trainer: (steps at the start, steps at the end) that are not measured}.
     """
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(part.trainer for part in parts):
         mine = [part for part in parts if part.trainer == name]
-        steps = [step for part in mine for step in measured(part, *skips[name])]
+        windows = [measured(part, *skips[name]) for part in mine]
+        steps = [step for window in windows for step in window]
         seconds = sorted(step.seconds for step in steps)
         phases = {key: statistics.median(step.phases[key] for step in steps) for key in steps[0].phases}
         rows.append(
             {
                 "trainer": name,
-                "step_s": statistics.median(seconds),
+                "step_s": statistics.median(statistics.fmean(step.seconds for step in window) for window in windows),
                 "step_s_min": seconds[0],
                 "step_s_max": seconds[-1],
                 "num_steps": len(steps),
                 "tokens_per_step": statistics.fmean(step.tokens for step in steps),
-                "trained_tok_per_s": statistics.median(step.tokens / step.seconds for step in steps),
+                "trained_tok_per_s": statistics.median(
+                    sum(step.tokens for step in window) / sum(step.seconds for step in window) for window in windows
+                ),
                 "peak_mb": max(part.peak_mb for part in mine),
                 "accuracy": max((part.evals for part in mine), key=len),
                 "phases": phases,

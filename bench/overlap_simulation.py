@@ -40,6 +40,7 @@ from fastreason.update.updater import UpdateResult
 ALLOWED = 1.02  # T_async over its bound
 MEAN_TOKENS, MAX_TOKENS, SIGMA = 64, 512, 1.0  # of a lognormal length, cut off
 NUM_PROMPTS = 100
+PATIENCE_S = 1000.0  # many times the longest batch; the producer's word of what it waits for never ends
 
 Line = dict[str, float]
 
@@ -269,7 +270,7 @@ def simulate(case: Case) -> list[Line]:
 
         def train() -> None:
             with patch("fastreason.rollout.client._connect", lambda *_: time.loop.connect()):
-                client = ProducerClient("virtual", timeout_s=math.inf, startup_timeout_s=math.inf)
+                client = ProducerClient("virtual", timeout_s=PATIENCE_S, startup_timeout_s=PATIENCE_S)
             try:
                 Loop(make_parts(config, case, time, client, metrics, run_dir)).run()
             finally:

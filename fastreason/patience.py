@@ -15,11 +15,11 @@ class Patience:
     `spent_s` sums min(time since the last look, LONGEST_LOOK_S).
     """
 
-    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limit_s: float, clock: Callable[[], float] | None = None) -> None:
         self.limit_s = limit_s
         self.spent_s = 0.0
-        self._clock = clock
-        self._looked_at = clock()
+        self._clock = clock or time.monotonic  # looked up here, so that a simulation's clock is found
+        self._looked_at = self._clock()
 
     def look(self) -> float:
         """Count the time since the last look; returns the seconds that were counted."""

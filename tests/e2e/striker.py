@@ -46,7 +46,9 @@ class Striker:
         deadline_s: float = 2.0,
         **train: Any,
     ) -> None:
-        token_s = 0.05 if engine == "fake" else 0.0
+        # Ahead of the trainer (S > 0), a batch has to take longer than training even on a slow machine: else it is there
+        # before it is asked for, and no phase in which it is generated can be hit.
+        token_s = (0.15 if staleness else 0.05) if engine == "fake" else 0.0
         self.run = make(
             run={"hang_timeout_s": hang_timeout_s, "timeout_s": 500},
             rollout={

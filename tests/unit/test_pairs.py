@@ -107,7 +107,7 @@ def train(layout, skip, truncated, prompts_per_update):
         },
     }
     config, updater = parse_config(raw), Updater()
-    target = FrozenModel(FrozenScorer(Policy(tiny_model(2))), torch.device("cpu"))
+    target = FrozenModel(FrozenScorer(Policy(tiny_model(2)).double()), torch.device("cpu"))
     ranks = SimpleNamespace(rank=0, num=1, sum=lambda v: v, max=lambda v: v)
     step = TrainingStep(config, resolve_algorithm(config), updater, ranks, layout, 0, target)
     return updater, step(make_groups())
