@@ -101,10 +101,11 @@ def load_job(options: argparse.Namespace) -> Config:
     """The job, with the overrides that this machine and the command line ask for."""
     overrides = [f"train.steps={options.steps}", f"eval.every={options.eval_every}"]
     if options.device == "cuda":
-        overrides += ["rollout.cores=null", "train.cores=null", f"rollout.gpu_memory_utilization={ALLOCATOR_SHARE}"]
+        overrides += ["rollout.cores=null", "train.cores=null", "train.spare_cores=null"]
+        overrides += ["rollout.max_running_groups=0", f"rollout.gpu_memory_utilization={ALLOCATOR_SHARE}"]
     elif len(options.cores) > 1:
         half = len(options.cores) // 2
-        overrides += [f"rollout.cores={number_list(options.cores[:half])}"]
+        overrides += [f"{key}={number_list(options.cores[:half])}" for key in ("rollout.cores", "train.spare_cores")]
         overrides += [f"train.cores={number_list(options.cores[half:])}"]
     return settle_dtypes(load_config(JOB, overrides + options.overrides))
 

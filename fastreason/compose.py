@@ -331,7 +331,11 @@ def make_rollouts(session: Session, config: Config, stop: StopFlag) -> Any:
 
 
 def prepare_device(device: str, config: Config) -> Any:
-    """Bind this rank to its GPU, or to its cores and threads; returns the torch device."""
+    """Bind this rank to its GPU, or to its cores and threads; returns the torch device.
+
+    With `train.spare_cores` every thread is of the scheduler's idle class: it runs where nobody else wants to, and where a
+    core is taken the system moves its thread beside the others.
+    """
     import torch
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -342,6 +346,10 @@ def prepare_device(device: str, config: Config) -> Any:
 
     cores = require_cores(config.train.cores, "train.cores") if config.train.cores else available_cores()
     mine = cores[local_rank :: config.train.ranks] or cores
+    if config.train.spare_cores:
+        spare = require_cores(config.train.spare_cores, "train.spare_cores")
+        mine = sorted({*mine, *spare[local_rank :: config.train.ranks]})
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.sched_setaffinity(0, mine)
     torch.set_num_threads(config.train.threads or len(mine))
     return torch.device("cpu")

@@ -216,6 +216,10 @@ def _parts(config: Config, session: Session) -> list[Part]:
             gpus = parse_cores(config.train.gpus, "train.gpus")
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     cores = parse_cores(config.train.cores, "train.cores") if config.train.cores else None
+    if cores and config.train.spare_cores:
+        cores = sorted({*cores, *parse_cores(config.train.spare_cores, "train.spare_cores")})
+        # A thread that waits for one whose core is taken must not keep that one's new core busy.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
     parts.append(Part(name, partial(spawn, name, command, _log(session, name), environment, cores), members=members))
     return parts
 

@@ -34,9 +34,19 @@ def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[s
     device = choose_device(config.train.device)
     offline = config.offline.objective is not None
     unchecked = check_offline_run(config, prepared) if offline else check_online_run(config, device)
-    for key, cores in (("rollout.cores", config.rollout.cores), ("train.cores", config.train.cores)):
+    train = config.train
+    for key, cores in (
+        ("rollout.cores", config.rollout.cores),
+        ("train.cores", train.cores),
+        ("train.spare_cores", train.spare_cores),
+    ):
         if cores:
             require_cores(cores, key)
+    if train.spare_cores and (device != "cpu" or not train.cores or not hasattr(os, "SCHED_IDLE")):
+        raise ConfigError(
+            f"train.spare_cores={train.spare_cores!r} needs a trainer on a CPU, Linux, and train.cores, which it has for "
+            "itself. Set train.cores too, or train.spare_cores=null."
+        )
     for key, gpus in (("rollout.gpus", config.rollout.gpus), ("train.gpus", config.train.gpus)):
         if gpus:
             parse_cores(gpus, key)

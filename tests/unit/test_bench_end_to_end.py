@@ -71,7 +71,7 @@ def test_the_step_after_an_evaluation_counts_for_no_less_than_the_median(rows):
 def test_the_rows_of_ours_differ_in_nothing_but_the_exact_savings(bench):
     options = bench.parse_options(["--device", "cpu", "--cores", "3,5", "train.lr=1e-5"])
     job = bench.load_job(options)
-    assert (job.rollout.cores, job.train.cores, job.train.lr) == ("3", "5", 1e-5)
+    assert (job.rollout.cores, job.train.cores, job.train.spare_cores, job.train.lr) == ("3", "5", "3", 1e-5)
     dense = bench.override(job, bench.TRAINERS["ours"].overrides)
     exact = bench.override(job, bench.TRAINERS["ours_exact"].overrides)
     assert (dense.train.share_prompts, dense.train.skip_zero_advantage) == ("off", False)

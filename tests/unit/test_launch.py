@@ -2,7 +2,10 @@
 
 import fcntl
 import json
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
@@ -78,6 +81,8 @@ def test_a_config_that_is_right_passes(make):
         ({"rollout": {"cores": "8000"}}, ConfigError, r"rollout\.cores='8000': core\(s\) \[8000\] are not available"),
         ({"train": {"cores": "8000"}}, ConfigError, r"train\.cores='8000'"),
         ({"train": {"cores": "one"}}, ConfigError, r"train\.cores='one'"),
+        ({"train": {"cores": "0", "spare_cores": "8000"}}, ConfigError, r"train\.spare_cores='8000'"),
+        ({"train": {"spare_cores": "0"}}, ConfigError, r"train\.spare_cores='0' needs .* train\.cores"),
         ({"train": {"device": "cuda"}}, ConfigError, r"train\.device=cuda: no NVIDIA GPU"),
         ({"rollout": {"max_new_tokens": 2000}}, ConfigError, r"max_position_embeddings=2048"),
     ],
@@ -245,6 +250,43 @@ def test_the_ranks_get_no_key_and_everybody_the_cores_of_its_side(parts_of, monk
     parts, _ = parts_of(rollout={"cores": first})
     parts[1].start()
     assert spawned["producer"][2] is None, "the engine's cores alone are the engine's"
+
+
+def test_cores_of_the_engine_are_lent_to_a_trainer_that_waits_without_spinning(parts_of, monkeypatch):
+    spawned = {}
+    monkeypatch.setattr(
+        launch,
+        "spawn",
+        lambda name, command, log, environment, cores=None: spawned.update({name: (environment, cores)}),
+    )
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cores = available_cores()
+    first, last = cores[0], cores[-1]
+    for lent, expected in ((None, [last]), (str(first), sorted({first, last}))):
+        parts, _ = parts_of(rollout={"cores": str(first)}, train={"cores": str(last), "spare_cores": lent})
+        for part in parts[1:]:
+            part.start()
+        assert spawned["producer"][1] == [first] and spawned["trainer"][1] == expected
+        assert spawned["trainer"][0].get("OMP_WAIT_POLICY") == ("passive" if lent else None)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the scheduler's idle class is Linux's")
+def test_a_trainer_on_lent_cores_runs_only_where_nobody_else_wants_to(make):
+    """In a process of its own, since a class once left is not given back to everybody."""
+    cores = available_cores()
+    first, last = cores[0], cores[-1]
+    script = (
+        "import os, sys, torch\n"
+        "from fastreason.compose import prepare_device\nfrom fastreason.config import parse_config\n"
+        "config = parse_config({'model': {'path': 'none'}, 'data': {'task': 'chain_sum'}, 'train': {'steps': 1, "
+        "'prompts_per_step': 1, 'cores': sys.argv[1], 'spare_cores': sys.argv[2] or None}})\n"
+        "prepare_device('cpu', config)\n"
+        "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads(), os.sched_getscheduler(0) == os.SCHED_IDLE)"
+    )
+    for lent, mine in (("", [last]), (str(first), sorted({first, last}))):
+        command = [sys.executable, "-P", "-c", script, str(last), lent]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == f"{mine} {len(mine)} {bool(lent)}", done.stderr
 
 
 def test_shared_memory_of_a_killed_run_is_swept_and_that_of_a_living_one_is_not(tmp_path):
