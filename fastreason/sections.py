@@ -372,7 +372,8 @@ class TrainConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0: the cores divided by the ranks")
     cores: NumberList | None = Field(None, description="CPU cores of the trainer, e.g. '1'; null: all")
     spare_cores: NumberList | None = Field(
-        None, description="cores of the engine that the trainer may use too while they are idle (Linux); null: none"
+        None,
+        description="cores of the engine that the trainer, at idle priority, may use too; Linux, without other work on it",
     )
     gpus: NumberList | None = Field(
         None, description="GPU: devices of the ranks, e.g. '0-6'; null: all that are visible"
