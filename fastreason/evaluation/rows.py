@@ -75,8 +75,11 @@ def grouped(rows: Iterable[EvalSample], n: int | None = None) -> dict[str, list[
     return {problem: sorted(given, key=lambda row: row.sample) for problem, given in by_problem.items()}
 
 
-def read_samples(folder: Path) -> Iterator[EvalSample]:
-    """The rows of an evaluation's folder, but for a last one whose writer was killed amid it; raises DataError."""
+def read_samples(folder: Path, texts: bool = True) -> Iterator[EvalSample]:
+    """The rows of an evaluation's folder, but for a last one whose writer was killed amid it; raises DataError.
+
+    texts: False leaves question and response empty: scores do not need them, and they fill the memory.
+    """
     path, decoder = folder / SAMPLES_FILE, msgspec.json.Decoder(EvalSample)
     if not path.is_file():
         raise DataError(f"{folder} holds no {SAMPLES_FILE}: it is no folder of an evaluation. See fastreason eval.")
@@ -85,11 +88,12 @@ def read_samples(folder: Path) -> Iterator[EvalSample]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield decoder.decode(line)
+                row = decoder.decode(line)
             except msgspec.DecodeError as error:
                 raise DataError(
                     f"{path}, line {number} is no graded response: {error}. Repair or delete it."
                 ) from error
+            yield row if texts else msgspec.structs.replace(row, question="", response="")
 
 
 def read_classes(folder: Path) -> dict[str, dict[str, int]]:
