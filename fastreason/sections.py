@@ -111,7 +111,7 @@ class EvalConfig(Section):
 class RewardConfig(Section):
     functions: dict[str, float] = Field(
         default_factory=lambda: {"math": 1.0},
-        description="name -> weight. math | reasoning_gym | format | reward_model | package.module:function",
+        description="name -> weight. math | strict | reasoning_gym | format | reward_model | package.module:function",
     )
     range: Literal["zero_one", "plus_minus_one"] = Field(
         "zero_one", description="a wrong answer gives 0 or -1: every verifiable part in [0, 1] is mapped accordingly"

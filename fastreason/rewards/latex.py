@@ -54,7 +54,7 @@ class Reading:
     undone: int = 0
 
 
-def read_answer(text: str) -> Reading:
+def read_latex(text: str) -> Reading:
     """Read a cleaned answer (see `fastreason.rewards.strict.clean_answer`); raises `UnreadableError`."""
     if len(text) > MAX_LENGTH:
         raise UnreadableError(f"an answer of {len(text)} characters")

@@ -1,17 +1,18 @@
-r"""The reward `math_strict`: a second opinion that shares nothing with math-verify, and gives the benefit of no doubt.
+r"""The reward `strict`: a second opinion that shares nothing with math-verify, and gives the benefit of no doubt.
 
-Right is a response whose *marked* answer (the last `\boxed{}` or `<answer>`) is the gold answer's text, or reads as the
-same mathematical object: the same exact number, an expression that agrees with it at three points to 25 digits, the same
-set, list, tuple, interval, matrix, relation. Where it is stricter than `math`:
+Right is a response whose answer, as `read_answer` finds it, is the gold answer's text, or reads as the same mathematical object:
+the same exact number, an expression that agrees with it at three points to 25 digits, the same set, list, tuple, interval,
+matrix, relation. Where it is stricter than `math`:
 
-- free text has no answer; nothing is searched for in a box either, the whole of it is the answer;
-- numbers are exact (0.33 is not 1/3), 50% is 50 and not 0.5, and a unit that both sides name must be the same;
+- the whole of a marked answer is the answer; nothing is searched for in a box;
+- numbers are exact (0.333333 is not 1/3), 50% is 50 and not 0.5, and a unit that both sides name must be the same;
 - brackets count: (0, 1) is not [0, 1), a set is no list and no tuple; a list in bare commas has any order;
 - an equation answers an expression only as `x = ...`, with one letter on the left; an expression answers no equation;
 - arithmetic left undone (3 + 4, 2/4, 3 \cdot 5) is no answer unless the gold leaves as much undone.
 
 It misses right answers in forms that `fastreason.rewards.latex` does not read. So neither grader is the truth: where the two
-differ is where to look, which is what `disagreements` is for. Bounded in time by itself; pure.
+differ is where to look; `fastreason eval` counts and keeps both verdicts, `fastreason report compare` sorts the differences.
+Bounded in time by itself; pure.
 """
 
 import re
@@ -19,8 +20,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from fastreason.rewards.extract import last_answer_tag, last_boxed
-from fastreason.rewards.latex import MAX_LENGTH, Reading, UnreadableError, read_answer
+from fastreason.rewards.extract import last_boxed, read_answer
+from fastreason.rewards.latex import MAX_LENGTH, Reading, UnreadableError, read_latex
 from fastreason.types import Prompt
 
 DIGITS = 25
@@ -57,17 +58,11 @@ _LEFT_SIDE = re.compile(r"\s*[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?\s*(?:=|\\in)(
 
 
 def strict_reward(text: str, prompt: Prompt) -> float:
-    """1.0 where the marked answer of the response is `prompt.answer` by `strict_equal`, else 0.0; never raises."""
+    """1.0 where the answer that `read_answer` finds is `prompt.answer` by `strict_equal`, else 0.0; never raises."""
     if prompt.answer is None:
         return 0.0
-    answer = marked_answer(text)
+    answer = read_answer(text)
     return float(answer is not None and strict_equal(prompt.answer, answer))
-
-
-def marked_answer(text: str) -> str | None:
-    r"""The last `\boxed{}` if there is one, else the last `<answer>`; None where nothing is marked."""
-    boxed = last_boxed(text)
-    return boxed if boxed is not None else last_answer_tag(text)
 
 
 def strict_equal(gold: str, answer: str) -> bool:
@@ -90,10 +85,10 @@ def _equal_texts(gold: str, answer: str) -> bool:
     if _as_words(gold) == _as_words(answer):
         return True
     try:
-        wanted = read_answer(gold)
-        got = read_answer(answer)
+        wanted = read_latex(gold)
+        got = read_latex(answer)
         if wanted.kind != "relation" and got.kind == "relation" and (left := _LEFT_SIDE.match(answer)):
-            got = read_answer(answer[left.end() :])
+            got = read_latex(answer[left.end() :])
     except UnreadableError:
         return False
     return got.undone <= wanted.undone and _same(wanted, got)

@@ -25,9 +25,9 @@ RewardFunction = Callable[[str, Prompt], float]
 
 REWARDS: dict[str, RewardFunction] = {
     "math": math_reward,
-    "math_strict": strict_reward,
     "reasoning_gym": reasoning_gym_reward,
     "format": format_reward,
+    "strict": strict_reward,
 }
 REWARD_MODEL = "reward_model"
 
@@ -36,12 +36,12 @@ REWARD_MODEL = "reward_model"
 class RewardSpec:
     """Which reward functions, with what weights: `reward = sum_i weight_i * part_i`.
 
-    `range` = `plus_minus_one` replaces each verifiable part r (`math`, `math_strict`, `reasoning_gym`, `format` and user
+    `range` = `plus_minus_one` replaces each verifiable part r (`math`, `strict`, `reasoning_gym`, `format` and user
     functions, not `reward_model`) by `2 r - 1` in that sum, so `{math: 1.0}` gives exactly {0, 1} or {-1, 1}. `Grade.parts`
     keeps the raw parts. The weights are not normalised.
 
-    `Grade.correct` is: the first part, in the order of the config, that judges the answer (`math`, `math_strict`,
-    `reasoning_gym` or a user function) is at least 0.5. Without such a part nothing is ever correct.
+    `Grade.correct` is: the first part, in the order of the config, that judges the answer (`math`, `reasoning_gym` or
+    a user function) is at least 0.5. Without such a part nothing is ever correct.
     """
 
     weights: Mapping[str, float]
@@ -129,12 +129,11 @@ def resolve_rewards(config: RewardConfig) -> RewardSpec:
 
 def check_prompts(spec: RewardSpec, prompts: Sequence[Prompt]) -> None:
     """Raise `ConfigError` where a reward cannot judge these: `math` needs answers, `reasoning_gym` its own problems."""
-    judge = next((name for name in ("math", "math_strict") if name in spec.functions), None)
-    if judge is not None:
+    if {"math", "strict"} & set(spec.functions):
         lacking = [prompt for prompt in prompts if prompt.answer is None or not prompt.answer.strip()]
         if lacking:
             raise ConfigError(
-                f"reward.functions names {judge}, but {len(lacking)} of {len(prompts)} problems have no gold answer (the "
+                f"reward.functions names math, but {len(lacking)} of {len(prompts)} problems have no gold answer (the "
                 f"first is {lacking[0].id!r}). Set data.answer_column, or use a reward that needs none"
                 + (": this task has its own scorer, reasoning_gym." if "task" in lacking[0].metadata else ".")
             )

@@ -77,7 +77,7 @@ def _serve(channel: Connection, spec: RewardSpec) -> None:
 
 def _warm_up(spec: RewardSpec) -> None:
     """Import what the built-in rewards import lazily, so that no response's deadline pays for it."""
-    for name in ("math", "math_strict"):
+    for name in ("math", "strict"):
         if name in spec.functions:
             spec.functions[name](r"so $3 + 4 = \boxed{x}$", Prompt(id="warm-up", text="What is $3 + 4$?", answer="7"))
     if "reasoning_gym" in spec.functions:
