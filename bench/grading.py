@@ -16,22 +16,23 @@ from fastreason.rollout.graders import GraderPool
 from fastreason.types import Prompt
 
 
-def read_responses(paths: Sequence[Path]) -> list[tuple[Prompt, list[str]]]:
+def read_responses(paths: Sequence[Path]) -> list[tuple[Prompt, str]]:
+    """Each response with a prompt of its own; the gold's blanks differ, so that no cache of parsed answers helps."""
     rows = [json.loads(line) for path in paths for line in path.open(encoding="utf-8")]
     return [
-        (Prompt(id=row["id"], text=row["problem"], answer=row["answer"]), row["generations"])
+        (Prompt(id=row["id"], text=row["problem"], answer=row["answer"] + " " * place), text)
         for row in rows
-        if row.get("generations")
+        for place, text in enumerate(row.get("generations") or [])
     ]
 
 
 async def grade_all(
-    responses: Sequence[tuple[Prompt, list[str]]], functions: dict[str, float], workers: int
+    responses: Sequence[tuple[Prompt, str]], functions: dict[str, float], workers: int
 ) -> dict[str, float]:
     """Grade every response once; seconds, the number, how many are right, and how many met the deadline."""
     async with GraderPool(RewardConfig(functions=functions, workers=workers)) as pool:
         started = time.perf_counter()
-        groups = await asyncio.gather(*[pool.grade(prompt, texts) for prompt, texts in responses])
+        groups = await asyncio.gather(*[pool.grade(prompt, [text]) for prompt, text in responses])
         took = time.perf_counter() - started
         grades = [grade for group in groups for grade in group]
         right = sum(grade.correct for grade in grades)
@@ -46,7 +47,8 @@ def main() -> None:
     responses = read_responses(options.files)
     for functions in ({"math": 1.0}, {"strict": 1.0}, {"math": 1.0, "format": 0.0, "strict": 0.0}):
         found = asyncio.run(grade_all(responses, functions, options.workers))
-        print(f"{' + '.join(functions):24} {found['num']} responses in {found['s']:.2f} s, {found['right']} right, {found['timeouts']} past the deadline")  # noqa: E501  # fmt: skip
+        facts = f"{found['right']} right, {found['timeouts']} past the deadline"
+        print(f"{' + '.join(functions):24} {found['num']} responses in {found['s']:.2f} s, {facts}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastreason.evaluation.rows import ANSWERS_FILE, SAMPLES_FILE, SETTINGS_FILE
 
-HOSTILE = "</script><script>window.hacked = 1; console.error('hacked')</script><img src=x onerror='window.hacked=1'> & \u2028 🙂"
+HOSTILE = "</script><script>window.hacked = 1; throw 'hacked'</script><img src=x onerror='window.hacked=1'> & \u2028 🙂"
 N = 4
 # Right responses of 4 to each problem, in order: these many of the first are right.
 BASE = {"p1": 0, "p2": 1, "p3": 2, "p4": 4, "p10": 0}
