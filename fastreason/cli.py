@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = report.add_subparsers(dest="kind", required=True, metavar="KIND")
     run = kinds.add_parser("run", help="reward, staleness, where the time went, a piece of the timeline")
     run.add_argument("run", metavar="RUN", help="folder of a run; it may still be running")
-    run.add_argument("--out", metavar="FILE", help="picture to write (PNG); default: RUN/report.png")
+    run.add_argument("--out", metavar="FILE", help="picture to write (PNG), its page beside it; default: RUN/report.png")
     add_compare_parser(kinds)
     distill = commands.add_parser("distill", help="sample a teacher, verify, and write positives and pairs")
     distill.add_argument(
@@ -79,19 +79,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_compare_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    compare = kinds.add_parser("compare", help="evaluations side by side, the first as the base: tables, pictures, a page")
+    compare = kinds.add_parser(
+        "compare", help="evaluations side by side, the first as the base: tables, pictures, a page"
+    )
     compare.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="of fastreason eval: evals/MODEL, or evals/MODEL/BENCHMARK/KEY"
     )
     compare.add_argument("--out", metavar="FOLDER", default="report", help="folder for the page; default: report")
     compare.add_argument(
-        "--runs", nargs="+", default=[], metavar="RUN", help="training runs to draw; runs whose models are compared are found"
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="training runs to draw; runs whose models are compared are found",
     )
     compare.add_argument("--format", choices=["table", "markdown", "latex"], default="table", help="of what is printed")
     compare.add_argument(
-        "--samples", type=int, default=4, metavar="N", help="responses of each model to a problem on the page; default: 4"
+        "--samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="responses of each model to a problem on the page; default: 4",
     )
-    compare.add_argument("--n", type=int, metavar="N", help="use N responses to each problem; default: as many as all have")
+    compare.add_argument(
+        "--n", type=int, metavar="N", help="use N responses to each problem; default: as many as all have"
+    )
 
 
 def add_eval_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
