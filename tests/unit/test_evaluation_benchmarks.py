@@ -55,7 +55,7 @@ def test_a_real_benchmark_loads_with_its_exact_count(name, capsys):
     assert problems[0].answer == first_answer and all(problem.text.strip() and problem.answer for problem in problems)
     assert not capsys.readouterr().err, "the table and the file agree on the count"
     if name == "math500":
-        assert problems[0].metadata["level"] == "2" and problems[0].metadata["subject"] == "Precalculus"
+        assert problems[0].metadata["level"] == 2 and problems[0].metadata["subject"] == "Precalculus"
 
 
 @pytest.mark.skipif(REAL is None, reason="FASTREASON_DATA does not name a folder with the real benchmark files")

@@ -197,7 +197,7 @@ def test_an_engine_that_fails_is_told_and_what_came_is_kept(world, capsys):
         ["max_new_tokens=5"],
         ["template=r1"],
         ["data.max_prompt_tokens=900"],
-        ["data.user_template=Q: {problem}"],
+        ["data.user_template=Say {problem}"],
         ["num_problems=5"],
         ["model.dtype=bfloat16"],
     ],
