@@ -1,62 +1,180 @@
-r"""The reward `strict`: is the final answer the gold answer as a text or as a number? No algebra, and so no hang.
+r"""The reward `strict`: a second opinion that shares nothing with math-verify, and gives the benefit of no doubt.
 
-It calls less right than `math` does, and where the two differ a person should look: `fastreason eval` counts and keeps both.
-Two answers are the same where their normal forms are, or where both are numbers (integers, decimals, fractions) of equal value.
+Right is a response whose answer, as `read_answer` finds it, is the gold answer's text, or reads as the same mathematical object:
+the same exact number, an expression that agrees with it at three points to 25 digits, the same set, list, tuple, interval,
+matrix, relation. Where it is stricter than `math`:
+
+- the whole of a marked answer is the answer; nothing is searched for in a box;
+- numbers are exact (0.333333 is not 1/3), 50% is 50 and not 0.5, and a unit that both sides name must be the same;
+- brackets count: (0, 1) is not [0, 1), a set is no list and no tuple; a list in bare commas has any order;
+- an equation answers an expression only as `x = ...`, with one letter on the left; an expression answers no equation;
+- arithmetic left undone (3 + 4, 2/4, 3 \cdot 5) is no answer unless the gold leaves as much undone.
+
+It misses right answers in forms that `fastreason.rewards.latex` does not read. So neither grader is the truth: where the two
+differ is where to look; `fastreason eval` counts and keeps both verdicts, `fastreason report compare` sorts the differences.
+Bounded in time by itself; pure.
 """
 
 import re
-from fractions import Fraction
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
-from fastreason.rewards.extract import read_answer
+from fastreason.rewards.extract import last_boxed, read_answer
+from fastreason.rewards.latex import MAX_LENGTH, Reading, UnreadableError, read_latex
 from fastreason.types import Prompt
 
-_COMMANDS = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![a-zA-Z])|\\ |[$~\s]")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
-_FRACTION = re.compile(r"\\[dt]?frac")
-_BARE_FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\d))(?:\{([^{}]*)\}|(\d))")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})")
-_QUOTIENT = re.compile(r"([-+]?)(?:\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/\\{}]+)/([^/\\{}]+))")
+DIGITS = 25
+_POINTS = 3
+_WORDS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
+_UNIT = re.compile(
+    rf"(?P<body>.*[^\s\\])\s*(?P<unit>\\?%|\^\s*\{{?\s*\\circ\s*\}}?|{_WORDS}(?:\s*\^\s*\{{?\d\}}?)?"
+    r"|(?<=[\d}])\s*\b[A-Za-z]{2,}(?:[ ./][A-Za-z]+)*(?:\s?\^\s?\{?\d\}?)?)",
+    re.DOTALL,
+)
+_UNICODE = {
+    **{"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty "},
+    **{"∪": "\\cup ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "°": "^\\circ", "∈": "\\in ", "θ": "\\theta "},
+}
+_SAME = [
+    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"), ""),
+    (re.compile(r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![A-Za-z])"), " "),
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:lbrace|rbrace)(?![A-Za-z])"), lambda m: "\\{" if m[0][1] == "l" else "\\}"),
+    (re.compile(r"\\(?:emptyset|varnothing)(?![A-Za-z])|∅"), r"\\{\\}"),
+    (re.compile(r"(?<=\d)\s+(\d+)/(\d+)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"√\s*(\d+|[a-z])"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s*\("), r"\\sqrt("),
+    (re.compile(r"(?<=\d)\{,\}(?=\d{3})"), ""),
+    (re.compile(r"\\?\$"), ""),
+]
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
+_VULGAR = re.compile("[¼-¾⅐⅑-⅞]")
+_UNIT_NAMES = {"percent": "%", "circ": "degree"}
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\s?\d{3})+(?:\.\d+)?")
+_AND = re.compile(r"\s*,?\s*(?:\\(?:text|mbox|textrm)\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))\s*")
+_CHOICE = re.compile(r"\(?([A-Z])[).]?")
+_LEFT_SIDE = re.compile(r"\s*[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?\s*(?:=|\\in)(?!=)")
 
 
 def strict_reward(text: str, prompt: Prompt) -> float:
-    """1.0 where the answer that `read_answer` finds is the same as `prompt.answer`, else 0.0."""
-    answer = read_answer(text)
-    if answer is None or prompt.answer is None:
+    """1.0 where the answer that `read_answer` finds is `prompt.answer` by `strict_equal`, else 0.0; never raises."""
+    if prompt.answer is None:
         return 0.0
-    return float(same_answer(answer, prompt.answer))
+    answer = read_answer(text)
+    return float(answer is not None and strict_equal(prompt.answer, answer))
 
 
-def same_answer(a: str, b: str) -> bool:
-    """Whether two answers have the same normal form, or are numbers of equal value."""
-    if (first := normalise_answer(a)) == (second := normalise_answer(b)):
-        return bool(first)
-    value = read_number(first)
-    return value is not None and value == read_number(second)
+def strict_equal(gold: str, answer: str) -> bool:
+    """Whether an answer is the gold one, by the rules of this module; `gold` may be in a box. False for empty ones."""
+    gold = gold if last_boxed(gold) is None else last_boxed(gold) or ""
+    inner = last_boxed(answer)
+    answer = answer if inner is None else inner
+    if not gold.strip() or not answer.strip() or max(len(gold), len(answer)) > MAX_LENGTH:
+        return False
+    try:
+        return _equal_texts(gold, answer)
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):
+        return False  # sympy's, of an odd expression
 
 
-def normalise_answer(text: str) -> str:
-    r"""The text without spaces, math delimiters and what only shapes LaTeX; `\frac12` is `\frac{1}{2}`, 1,000 is 1000."""
-    text = text.strip().removesuffix(".").replace("\N{MINUS SIGN}", "-").replace(r"\$", "")
-    text = _TEXT.sub(lambda match: match.group(1).lower(), text)
-    text = _COMMANDS.sub("", text).replace(r"^\circ", "").replace(r"^{\circ}", "")
-    text = _FRACTION.sub(r"\\frac", text)
-    text = _BARE_FRACTION.sub(
-        lambda m: rf"\frac{{{m[1] if m[2] is None else m[2]}}}{{{m[3] if m[4] is None else m[4]}}}", text
-    )
-    return _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+def _equal_texts(gold: str, answer: str) -> bool:
+    (gold, gold_unit), (answer, unit) = (split_unit(clean_answer(text)) for text in (gold, answer))
+    if gold_unit and unit and gold_unit != unit:
+        return False
+    if _as_words(gold) == _as_words(answer):
+        return True
+    try:
+        wanted = read_latex(gold)
+        got = read_latex(answer)
+        if wanted.kind != "relation" and got.kind == "relation" and (left := _LEFT_SIDE.match(answer)):
+            got = read_latex(answer[left.end() :])
+    except UnreadableError:
+        return False
+    return got.undone <= wanted.undone and _same(wanted, got)
 
 
-def read_number(normal: str) -> Fraction | None:
-    """The value of a normal form that is a number or a quotient of two, exactly; None for everything else."""
-    if _NUMBER.fullmatch(normal):
-        return Fraction(normal)
-    quotient = _QUOTIENT.fullmatch(normal)
-    if quotient is None:
-        return None
-    sign, *parts = quotient.groups()
-    numbers = [part for part in parts if part is not None]
-    if not all(_NUMBER.fullmatch(number) for number in numbers) or not Fraction(numbers[1]):
-        return None
-    value = Fraction(numbers[0]) / Fraction(numbers[1])
-    return -value if sign == "-" else value
+def clean_answer(text: str) -> str:
+    """The text in one way of writing: LaTeX's spaces and sizes dropped, Unicode's signs as commands, no final stop."""
+    for sign, command in _UNICODE.items():
+        text = text.replace(sign, command)
+    text = _plain_characters(text)
+    for pattern, instead in _SAME:
+        text = pattern.sub(instead, text)
+    text = _AND.sub(",", text.strip()).strip().rstrip(".,; ")
+    whole = re.fullmatch(_WORDS, text)
+    if whole:
+        text = whole[1].strip().rstrip(".")
+    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+
+
+def _plain_characters(text: str) -> str:
+    """NFKC, but an exponent stays one and 2½ does not become 21/2; characters without width are dropped."""
+    text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+    text = _VULGAR.sub(lambda match: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", match[0]).split("\u2044")), text)
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """A cleaned answer without its unit, and the unit as plain lower-case letters; percent and degrees are units."""
+    match = _UNIT.fullmatch(text)
+    if match is None or not re.search(r"\d|\\pi", match["body"]):
+        return text, ""
+    unit = re.sub(_WORDS, r"\1", match["unit"])
+    unit = re.sub(r"[^a-z0-9%/]", "", unit.lower())
+    body = match["body"].strip()
+    unit = unit.removesuffix("s")
+    return body.replace(",", "") if _THOUSANDS.fullmatch(body) else body, _UNIT_NAMES.get(unit, unit)
+
+
+def _as_words(text: str) -> str:
+    choice = _CHOICE.fullmatch(text.strip())
+    text = choice[1] if choice else re.sub(_WORDS, r"\1", text)
+    return re.sub(r"\s+", "", text).casefold()
+
+
+def _same(a: Reading, b: Reading) -> bool:
+    if {a.kind, b.kind} <= {"number", "expression"}:
+        return _same_value(a.items[0], b.items[0])
+    if a.kind != b.kind or a.mark != b.mark or len(a.items) != len(b.items):
+        return False
+    if a.kind in ("list", "set", "union"):
+        return _same_in_any_order(a.items, b.items)
+    if a.kind == "relation" and a.mark in ("=", "!="):
+        return _same_equation(a.items, b.items)
+    return all(map(_same, a.items, b.items))
+
+
+def _same_in_any_order(a: Sequence[Reading], b: Sequence[Reading]) -> bool:
+    left = list(b)
+    for item in a:
+        found = next((place for place, other in enumerate(left) if _same(item, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _same_equation(a: Sequence[Reading], b: Sequence[Reading]) -> bool:
+    """Sides as they are or swapped, or the same difference up to its sign: `y = 2x + 1` is `2x - y + 1 = 0`."""
+    if all(map(_same, a, b)) or all(map(_same, a, b[::-1])):
+        return True
+    if any(side.kind not in ("number", "expression") for side in (*a, *b)):
+        return False
+    ours, theirs = (sides[0].items[0] - sides[1].items[0] for sides in (a, b))
+    return _same_value(ours, theirs) or _same_value(ours, -theirs)
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if a == b:
+        return True
+    if (a.is_Rational and b.is_Rational) or a.free_symbols != b.free_symbols or a.is_infinite or b.is_infinite:
+        return False
+    symbols = sorted(a.free_symbols, key=str)
+    for point in range(_POINTS if symbols else 1):
+        # Between 0.5 and 1.4, where towers of powers stay small.
+        values = {symbol: (17 + point * 5 + 7 * place % 19) / 32 for place, symbol in enumerate(symbols)}
+        x, y = (value.evalf(DIGITS + 10, subs=values, maxn=200) for value in (a, b))
+        if not (x.is_number and y.is_number) or not abs(x - y) <= 10**-DIGITS * (1 + abs(x)):
+            return False
+    return True

@@ -36,8 +36,8 @@ REWARD_MODEL = "reward_model"
 class RewardSpec:
     """Which reward functions, with what weights: `reward = sum_i weight_i * part_i`.
 
-    `range` = `plus_minus_one` replaces each verifiable part r (`math`, `reasoning_gym`, `format` and user functions,
-    not `reward_model`) by `2 r - 1` in that sum, so `{math: 1.0}` gives exactly {0, 1} or {-1, 1}. `Grade.parts`
+    `range` = `plus_minus_one` replaces each verifiable part r (`math`, `strict`, `reasoning_gym`, `format` and user
+    functions, not `reward_model`) by `2 r - 1` in that sum, so `{math: 1.0}` gives exactly {0, 1} or {-1, 1}. `Grade.parts`
     keeps the raw parts. The weights are not normalised.
 
     `Grade.correct` is: the first part, in the order of the config, that judges the answer (`math`, `reasoning_gym` or

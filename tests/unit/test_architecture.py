@@ -45,7 +45,7 @@ ALLOWED = {
     "trace": set(),
     "replay": FOUNDATION | {"rollout"},
     "reference": FOUNDATION,
-    "report": FOUNDATION | {"metrics", "trace", "ledger"},
+    "report": FOUNDATION | {"metrics", "trace", "ledger", "evaluation"},
     "probes": FOUNDATION | {"processes"},
     "machine": FOUNDATION,
     "doctor": FOUNDATION | {"machine", "probes"},
@@ -74,7 +74,7 @@ CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake",
 CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
-REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}
+REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "fastreason_kernels"}
 ADAPTED = {"trl", "verl", "liger_kernel", "transformers"}
 AT_MOST_ONE = {"vllm": {"rollout.vllm"}, "deepspeed": {"update.deepspeed"}}
