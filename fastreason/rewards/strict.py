@@ -34,7 +34,16 @@ _UNIT = re.compile(
 )
 _UNICODE = {
     **{"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty "},
-    **{"∪": "\\cup ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "°": "^\\circ", "∈": "\\in ", "θ": "\\theta "},
+    **{
+        "∪": "\\cup ",
+        "≤": "\\le ",
+        "≥": "\\ge ",
+        "≠": "\\ne ",
+        "±": "\\pm ",
+        "°": "^\\circ",
+        "∈": "\\in ",
+        "θ": "\\theta ",
+    },
 }
 _SAME = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"), ""),
@@ -111,7 +120,9 @@ def clean_answer(text: str) -> str:
 def _plain_characters(text: str) -> str:
     """NFKC, but an exponent stays one and 2½ does not become 21/2; characters without width are dropped."""
     text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
-    text = _VULGAR.sub(lambda match: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", match[0]).split("\u2044")), text)
+    text = _VULGAR.sub(
+        lambda match: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", match[0]).split("\u2044")), text
+    )
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
 
 

@@ -269,6 +269,17 @@ def test_regrade_replaces_verdicts_and_says_what_changed(world, capsys):
     assert cli.main(["regrade", "evals", "--workers", "0"]) == 2
 
 
+def test_regrade_of_an_evaluation_that_was_stopped_scores_nothing(world, capsys):
+    world.after[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert run("concurrency=1", n=2) == 128 + signal.SIGTERM
+    (folder,) = folders()
+    before = rows(folder)
+    assert cli.main(["regrade", str(folder)]) == 0
+    assert rows(folder) == before and not (folder / "scores.json").exists()
+    (folder / "samples.jsonl").write_bytes(b"")
+    assert cli.main(["regrade", str(folder)]) == 0 and run(n=2) == 0
+
+
 def test_regrade_that_fails_leaves_the_verdicts(world, monkeypatch):
     assert run(n=2) == 0
     (folder,) = folders()
