@@ -1,8 +1,8 @@
 r"""The reward `strict`: a second opinion that shares nothing with math-verify, and gives the benefit of no doubt.
 
-Right is a response whose answer, as `read_answer` finds it, is the gold answer's text, or reads as the same mathematical object:
-the same exact number, an expression that agrees with it at three points to 25 digits, the same set, list, tuple, interval,
-matrix, relation. Where it is stricter than `math`:
+Right is a response whose answer, as `read_answer` finds it, is the gold answer's text, or reads as the same mathematical
+object: the same exact number, an expression that agrees with it at three points to 25 digits, the same set, list, tuple,
+interval, matrix, relation. Where it is stricter than `math`:
 
 - the whole of a marked answer is the answer; nothing is searched for in a box;
 - numbers are exact (0.333333 is not 1/3), 50% is 50 and not 0.5, and a unit that both sides name must be the same;
@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastreason.rewards.extract import last_boxed, read_answer
-from fastreason.rewards.latex import MAX_LENGTH, Reading, UnreadableError, read_latex
+from fastreason.rewards.latex import MAX_LENGTH, Reading, read_latex
+from fastreason.rewards.latex_expression import UnreadableError
 from fastreason.types import Prompt
 
 DIGITS = 25
@@ -34,16 +35,7 @@ _UNIT = re.compile(
 )
 _UNICODE = {
     **{"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty "},
-    **{
-        "∪": "\\cup ",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "±": "\\pm ",
-        "°": "^\\circ",
-        "∈": "\\in ",
-        "θ": "\\theta ",
-    },
+    **{"∪": "\\cup ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "°": "^\\circ", "∈": "\\in "},
 }
 _SAME = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"), ""),
@@ -120,10 +112,13 @@ def clean_answer(text: str) -> str:
 def _plain_characters(text: str) -> str:
     """NFKC, but an exponent stays one and 2½ does not become 21/2; characters without width are dropped."""
     text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
-    text = _VULGAR.sub(
-        lambda match: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", match[0]).split("\u2044")), text
-    )
+    text = _VULGAR.sub(_as_fraction, text)
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    above, _, below = unicodedata.normalize("NFKC", match[0]).partition("\u2044")
+    return rf"\frac{{{above}}}{{{below}}}"
 
 
 def split_unit(text: str) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 r"""The reward `math`: is the response's final answer mathematically equal to the gold answer? math-verify decides.
 
-The answer is the content of the last `\boxed{}` if there is one, else of the last `<answer></answer>` (math-verify reads a tag's
-bracket as "less than"), else the whole response; both sides are parsed, and
-the gold comes first (`verify(gold, answer)`: the order matters). This is the reward of Minimal-RL (arXiv 2504.11343)
-and RLvsDistillation (arXiv 2505.14216).
+The answer is the content of the last `\boxed{}` if there is one, else of the last `<answer></answer>` (whose brackets
+math-verify would read as "less than"), else the whole response; both sides are parsed, and the gold comes first
+(`verify(gold, answer)`: the order matters). This is the reward of Minimal-RL (arXiv 2504.11343) and RLvsDistillation
+(arXiv 2505.14216).
 
 What math-verify does with free text, and what is corrected here. It takes the last expression, the right-hand side
 of a chain of equations ("3 + 4 = 7 = 9" answers 9), prefers what follows "answer is", ignores units and reads 7 as 7%
