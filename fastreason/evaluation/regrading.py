@@ -41,7 +41,7 @@ class Regraded:
 
 
 def regrade_folder(folder: Path, workers: int, deadline_s: float) -> Regraded:
-    """Grade all responses of an evaluation's folder anew, and score it; raises DataError where its problems are not those of then."""
+    """Grade all responses of an evaluation's folder anew, and score it; raises DataError where its problems have changed."""
     settings = read_settings(folder)
     benchmark = described({**settings["benchmark"], "num_problems": settings["benchmark"]["first"]})
     store = EvalStore(folder)

@@ -14,7 +14,7 @@ from fastreason.config import DataConfig
 from fastreason.data import render_token_ids
 from fastreason.evaluation.benchmarks import Benchmark, problems_checksum
 from fastreason.evaluation.section import SAMPLING, EvaluationRun
-from fastreason.evaluation.templates import find_template
+from fastreason.evaluation.templates import ASKING, find_template
 from fastreason.models import checksum
 from fastreason.types import Prompt
 
@@ -51,7 +51,7 @@ def with_template(benchmark: Benchmark, problems: list[Prompt], config: Evaluati
     """The benchmark asked as `eval.template` says; raises ConfigError for a template that is not in the table."""
     said = config.data.model_fields_set
     if benchmark.asked_as_in_run and config.eval.template is None:
-        told = {key: getattr(config.data, key) for key in said if key in ("system_prompt", "user_template")}
+        told = {key: getattr(config.data, key) for key in said & {*ASKING, "max_prompt_tokens"}}
         return Loaded(benchmark, problems, benchmark.data.model_copy(update=told), "run", "")
     name = config.eval.template or DEFAULT_TEMPLATE
     template = find_template(name)

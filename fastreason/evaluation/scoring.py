@@ -11,7 +11,7 @@ import msgspec
 
 from fastreason.evaluation.answers import answer_classes, wrong_answers
 from fastreason.evaluation.rows import ANSWERS_FILE, SCORES_FILE, grouped, read_classes, read_samples
-from fastreason.evaluation.scores import Scores, powers_of_two, score
+from fastreason.evaluation.scores import Scores, score
 from fastreason.rollout.graders import GraderPool
 from fastreason.rollout.line_file import replace_file
 from fastreason.sections import RewardConfig
@@ -35,15 +35,13 @@ def score_folder(
     return scores
 
 
-def score_again(folder: Path, functions: Mapping[str, float], reward: RewardConfig) -> Scores:
-    """Score as the last time, or all responses that every problem has."""
+def score_again(folder: Path, functions: Mapping[str, float], reward: RewardConfig) -> Scores | None:
+    """Score as the last time; None where nothing was scored yet: the evaluation was stopped before its end."""
     try:
         last = msgspec.json.decode((folder / SCORES_FILE).read_bytes(), type=Scores)
-        n, ks = last.n, list(last.pass_at_k)
     except (FileNotFoundError, msgspec.DecodeError):
-        n = min(len(given) for given in grouped(read_samples(folder, texts=False)).values())
-        ks = powers_of_two(n)
-    return score_folder(folder, functions, reward, n, ks)
+        return None
+    return score_folder(folder, functions, reward, last.n, list(last.pass_at_k))
 
 
 async def _classes(

@@ -92,13 +92,14 @@ def as_latex(grid: Grid) -> str:
 
 def as_text(grid: Grid) -> str:
     """A table for the terminal, as wide as it needs to be."""
-    table = Table(*grid.heads, title=grid.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(*grid.heads, box=SIMPLE_HEAD)
     for row in grid.rows:
         table.add_row(*row)
     console = Console(width=400, no_color=True)
     with console.capture() as captured:
         console.print(table, markup=False)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+    lines = [grid.title, *(line.rstrip() for line in captured.get().splitlines())]
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 FORMATS: dict[str, Callable[[Grid], str]] = {"table": as_text, "markdown": as_markdown, "latex": as_latex}

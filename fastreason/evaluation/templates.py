@@ -13,6 +13,7 @@ from fastreason.errors import ConfigError
 
 STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
 THINK = "<think>\n"
+ASKING = ("user_template", "system_prompt", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Template:
 
     def applied(self, config: DataConfig, said: Set[str]) -> DataConfig:
         """`config` asking this way, but for those of its keys that the user has `said`."""
-        keys = ("user_template", "system_prompt", "chat_template")
-        return config.model_copy(update={key: getattr(self, key) for key in keys if key not in said})
+        return config.model_copy(update={key: getattr(self, key) for key in ASKING if key not in said})
 
 
 TEMPLATES: dict[str, Template] = {

@@ -214,7 +214,10 @@ def run_timed(*arguments: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("module", ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor"])
+LIGHT = ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor", "evaluation.section"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_nothing_heavy(module):
     assert heavy_modules(run_timed("-P", "-c", f"import fastreason.{module}")) == set()
 
