@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = report.add_subparsers(dest="kind", required=True, metavar="KIND")
     run = kinds.add_parser("run", help="reward, staleness, where the time went, a piece of the timeline")
     run.add_argument("run", metavar="RUN", help="folder of a run; it may still be running")
-    run.add_argument("--out", metavar="FILE", help="picture to write (PNG), its page beside it; default: RUN/report.png")
+    run.add_argument(
+        "--out", metavar="FILE", help="picture to write (PNG), its page beside it; default: RUN/report.png"
+    )
     add_compare_parser(kinds)
     distill = commands.add_parser("distill", help="sample a teacher, verify, and write positives and pairs")
     distill.add_argument(
