@@ -13,6 +13,7 @@ from typing import Any
 from fastreason.rewards.latex_expression import CLOSE, MAX_DEPTH, OPEN, Expression, UnreadableError, closing
 
 MAX_LENGTH = 1000
+MAX_ITEMS = 32  # of a list, set or union: each is compared with each
 
 _TOKEN = re.compile(
     r"\d+(?:\.\d+)?|\.\d+|\\(?:begin|end)\{[a-zA-Z]+\*?\}|\\[A-Za-z]+|\\.|<=|>=|!=|[A-Za-z]|\S", re.DOTALL
@@ -56,8 +57,8 @@ def _read(tokens: list[str], depth: int) -> Reading:
     if not tokens:
         raise UnreadableError("a part is missing")
     if "\\pm" in tokens:
-        place = tokens.index("\\pm")
-        both = [_read([*tokens[:place], sign, *tokens[place + 1 :]], depth + 1) for sign in "+-"]
+        # All upper signs, or all lower ones: each on its own would be 2^n readings.
+        both = [_read([sign if token == "\\pm" else token for token in tokens], depth + 1) for sign in "+-"]
         return _collection("list", both)
     for separators, kind in (({",", ";"}, "list"), ({"\\cup"}, "union")):
         parts = _split(tokens, separators)
@@ -83,6 +84,8 @@ def _read(tokens: list[str], depth: int) -> Reading:
 
 
 def _collection(kind: str, items: list[Reading], mark: str = "") -> Reading:
+    if len(items) > MAX_ITEMS:
+        raise UnreadableError(f"{len(items)} parts")
     return Reading(kind, tuple(items), mark, sum(item.undone for item in items))
 
 

@@ -111,7 +111,7 @@ def clean_answer(text: str) -> str:
 
 def _plain_characters(text: str) -> str:
     """NFKC, but an exponent stays one and 2½ does not become 21/2; characters without width are dropped."""
-    text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+    text = _RAISED.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}".replace("−", "-"), text)
     text = _VULGAR.sub(_as_fraction, text)
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
 

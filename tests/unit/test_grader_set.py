@@ -71,6 +71,7 @@ def test_the_strict_grader_on_the_labelled_set_without_a_deadline() -> None:
         (r"\text{(A)}", "(A)", ""),
         (r"1 \text{ and } 2", "1,2", ""),
         (r"x\cdot y", r"x\cdot y", ""),
+        ("x⁻²", "x^{-2}", ""),
     ],
 )
 def test_answers_are_brought_to_one_way_of_writing(text: str, cleaned: str, unit: str) -> None:
@@ -78,13 +79,19 @@ def test_answers_are_brought_to_one_way_of_writing(text: str, cleaned: str, unit
 
 
 HOSTILE = ["9^{9^{9^{9}}}", "2^{10001}", "201!", "(" * 99 + ")" * 99, "1/0", r"\foo", "1" * 1001, "", "x^{x^{x^{x}}}"]
-HOSTILE += [r"\exp(\exp(\exp(9)))", "[1", "a b)", "__import__('os')", r"\sqrt{"]
+HOSTILE += [",".join("1" * 33), r"\exp(\exp(\exp(9)))", "[1", "a b)", "__import__('os')", r"\sqrt{"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_is_hostile_or_unknown_is_not_read(text: str) -> None:
     with pytest.raises(UnreadableError):
         read_latex(text)
+
+
+def test_many_signs_are_two_readings() -> None:
+    assert read_latex("x" + r"\pm 1" * 60).kind == "list" and strict_equal(
+        r"1 \pm \sqrt{2}", r"1 - \sqrt{2}, 1 + \sqrt{2}"
+    )
 
 
 def test_points_tell_expressions_apart() -> None:
