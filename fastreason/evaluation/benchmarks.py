@@ -7,7 +7,7 @@ environment variable FASTREASON_DATA names, else from the hub, which is asked on
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,10 @@ def find_benchmark(name: str, config: EvaluationRun) -> Benchmark:
         return _known(name, config)
     if kind == "task" and rest:
         data = _data(config, source="reasoning_gym", task=rest, num_prompts=num or TASK_PROBLEMS)
-        return Benchmark(rest, data, functions=dict(TASK))
+        return Benchmark(rest, data, _judges(config, TASK))
     if kind == "hub" and rest:
-        return Benchmark(rest.replace("/", "--"), _data(config, source="hub", path=rest), num_problems=num)
+        data = _data(config, source="hub", path=rest)
+        return Benchmark(rest.replace("/", "--"), data, _judges(config, MATH), num_problems=num)
     if kind == "held_out" and rest:
         return _held_out(Path(rest), config)
     if Path(name).suffix in ENDINGS:
@@ -159,7 +160,8 @@ def find_benchmark(name: str, config: EvaluationRun) -> Benchmark:
             raise DataError(
                 f"--benchmarks {name}: there is no such file. Give the path of a {', '.join(ENDINGS)} file."
             )
-        return Benchmark(path.stem, _data(config, source="file", path=str(path.resolve())), num_problems=num)
+        data = _data(config, source="file", path=str(path.resolve()))
+        return Benchmark(path.stem, data, _judges(config, MATH), num_problems=num)
     near = difflib.get_close_matches(name.lower(), KNOWN, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
@@ -232,10 +234,8 @@ def _held_out(run: Path, config: EvaluationRun) -> Benchmark:
         raise ConfigError(
             f"--benchmarks held_out:{run}: it held no problems out (eval.num_prompts=0). Name another benchmark."
         )
-    functions = {name: weight for name, weight in told.reward.functions.items() if name != "reward_model"}
-    for name in ("format", *(["strict"] if "math" in functions else [])):
-        functions.setdefault(name, 0.0)
-    if set(functions) == {"format"}:
+    functions = _with_opinions(told.reward.functions)
+    if functions is None:
         raise ConfigError(
             f"--benchmarks held_out:{run}: none of its rewards says what is right. Name another benchmark."
         )
@@ -243,6 +243,27 @@ def _held_out(run: Path, config: EvaluationRun) -> Benchmark:
     name = f"held_out-{told.run.name}"
     num = config.eval.num_problems
     return Benchmark(name, data, functions, held_out=told.eval.num_prompts, num_problems=num, asked_as_in_run=True)
+
+
+def _judges(config: EvaluationRun, usual: dict[str, float]) -> dict[str, float]:
+    """The rewards that judge problems of the user's own: reward.functions where it is given."""
+    if "functions" not in config.reward.model_fields_set:
+        return dict(usual)
+    functions = _with_opinions(config.reward.functions)
+    if functions is None:
+        raise ConfigError(
+            f"reward.functions={config.reward.functions}: none of them says what is right. Add math, or another reward that "
+            "judges the answer."
+        )
+    return functions
+
+
+def _with_opinions(functions: Mapping[str, float]) -> dict[str, float] | None:
+    """Rewards with `format`, and with `strict` beside `math`; without a reward model. None where nothing judges the answer."""
+    kept = {name: weight for name, weight in functions.items() if name != "reward_model"}
+    for name in ("format", *(["strict"] if "math" in kept else [])):
+        kept.setdefault(name, 0.0)
+    return None if set(kept) == {"format"} else kept
 
 
 def _data(config: EvaluationRun, **keys: Any) -> DataConfig:

@@ -149,7 +149,7 @@ def _regrade_where_needed(folder: Path, settings: dict[str, Any], config: Evalua
     there = held_settings(folder)
     if there is not None and there["grader"] != settings["grader"]:
         say(f"{folder}: its responses were graded otherwise; grading them anew")
-        regrade_folder(folder, config.reward.workers, config.reward.deadline_s)
+        regrade_folder(folder, config.reward.workers, config.reward.deadline_s, settings)
 
 
 def _part(

@@ -40,9 +40,12 @@ class Regraded:
     num_now_wrong: int
 
 
-def regrade_folder(folder: Path, workers: int, deadline_s: float) -> Regraded:
-    """Grade all responses of an evaluation's folder anew, and score it; raises DataError where its problems have changed."""
-    settings = read_settings(folder)
+def regrade_folder(folder: Path, workers: int, deadline_s: float, settings: dict[str, Any] | None = None) -> Regraded:
+    """Grade all responses of an evaluation's folder anew, and score it; raises DataError where its problems have changed.
+
+    settings: new ones of the same responses, with other judges; without them, those of the folder judge again.
+    """
+    settings = read_settings(folder) if settings is None else settings
     benchmark = described({**settings["benchmark"], "num_problems": settings["benchmark"]["first"]})
     store = EvalStore(folder)
     try:

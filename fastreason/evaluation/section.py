@@ -20,7 +20,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 ACTING = {
     **USED,
     "model": {"dtype", "trust_remote_code", "allow_download"},
-    "reward": {"workers", "deadline_s"},
+    "reward": {"functions", "workers", "deadline_s"},
     "data": set(DataConfig.model_fields) - {"source", "path", "task", "num_prompts"},
 }
 

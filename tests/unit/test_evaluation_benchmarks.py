@@ -92,7 +92,11 @@ def test_a_file_a_task_and_the_columns_of_a_file(here):
         load_benchmark(find("mine.jsonl"))
     task = find("task:chain_sum", "data.task_args.min_digits=1", "num_problems=7")
     assert len(load_benchmark(task)) == 7 and task.functions == {"reasoning_gym": 1.0, "format": 0.0}
-    for each in (mine, task):
+    other = find("task:chain_sum", "reward.functions={math: 1.0, reward_model: 1.0}")
+    assert other.functions == {"math": 1.0, "format": 0.0, "strict": 0.0}
+    with pytest.raises(ConfigError, match="none of them says what is right"):
+        find("task:chain_sum", "reward.functions={format: 1.0}")
+    for each in (mine, task, other):
         again = described(json.loads(json.dumps(each.describe())))
         assert load_benchmark(again) == load_benchmark(each) and again.functions == each.functions
     with pytest.raises(ConfigError, match="did you mean 'chain_sum'"):

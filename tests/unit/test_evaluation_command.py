@@ -310,6 +310,21 @@ def test_a_task_is_judged_by_its_own_scorer_also_when_graded_anew(world):
         regrading.regrade_folder(folder, 1, 1.0)
 
 
+def test_other_judges_judge_the_same_responses(world):
+    arguments = ["data.task_args.min_digits=1", "data.task_args.max_digits=1", "num_problems=5"]
+    assert run(*arguments, benchmarks="task:chain_sum", n=2) == 0
+    (folder,) = folders()
+    world.asked.clear()
+    judged = [*arguments, "reward.functions={format: 1.0, math: 0.5}"]
+    assert run(*judged, benchmarks="task:chain_sum", n=2) == 0
+    assert folders() == [folder] and not world.asked
+    assert all(row.strict is not None for row in rows(folder)), "math has its second opinion"
+    told = json.loads((folder / "settings.json").read_text())
+    assert told["grader"]["functions"] == told["benchmark"]["functions"] == {"format": 1.0, "math": 0.5, "strict": 0.0}
+    assert run(*arguments, benchmarks="task:chain_sum", n=2) == 0
+    assert all(row.strict is None for row in rows(folder))
+
+
 def test_a_problem_too_long_to_be_asked_is_wrong_and_counted(world, capsys):
     Path("p.jsonl").write_text(Path("p.jsonl").read_text().replace("which? 2", "which? " + "2" * 40))
     assert run("data.max_prompt_tokens=20", n=2) == 0
