@@ -39,7 +39,7 @@ def test_the_set_covers_all_kinds_and_explains_every_disagreement() -> None:
 
 def test_the_training_grader_on_the_labelled_set() -> None:
     async def run() -> list:
-        async with GraderPool(RewardConfig(functions={"math": 1.0}, workers=2, deadline_s=2.0)) as pool:
+        async with GraderPool(RewardConfig(functions={"math": 1.0}, workers=2, deadline_s=DEADLINE_S)) as pool:
             prompts = [Prompt(id=str(n), text="What is it?", answer=row["gold"]) for n, row in enumerate(ROWS)]
             tasks = [pool.grade(prompt, [row["response"]]) for prompt, row in zip(prompts, ROWS, strict=True)]
             return [grade for group in await asyncio.gather(*tasks) for grade in group]
@@ -168,7 +168,8 @@ GOLDS = [
     r"\text{even}",
     r"\{1, 2\}",
 ]
-NUM_FUZZED, DEADLINE_S, PER_PROMPT = 10_000, 2.0, 20
+NUM_FUZZED, DEADLINE_S, PER_PROMPT = 10_000, 1.0, 20
+TOWER = r"\boxed{9^{9^{9^{9}}}}"  # hangs sympy
 
 
 def test_10000_fuzzed_answers_cost_no_crash_and_no_grader() -> None:
@@ -185,10 +186,12 @@ def test_10000_fuzzed_answers_cost_no_crash_and_no_grader() -> None:
                 Prompt(id=str(n), text="What?", answer=GOLDS[n % len(GOLDS)]) for n in range(NUM_FUZZED // PER_PROMPT)
             ]
             texts = [[fuzzed() for _ in range(PER_PROMPT)] for _ in prompts]
+            texts[100][7] = texts[400][3] = TOWER
             groups = await asyncio.gather(*[pool.grade(p, t) for p, t in zip(prompts, texts, strict=True)])
             grades = [grade for group in groups for grade in group]
             assert len(grades) == NUM_FUZZED and {grade.reward for grade in grades} <= {0.0, 1.0}
-            assert sum(grade.timed_out for grade in grades) == pool.num_timeouts
+            assert sum(grade.timed_out for grade in grades) == pool.num_timeouts >= 2
+            assert groups[100][7].timed_out and groups[400][3].timed_out
             for _ in range(100):
                 if pool.num_alive == 2:
                     break
