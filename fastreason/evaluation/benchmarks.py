@@ -198,8 +198,8 @@ def problems_checksum(problems: Sequence[Prompt]) -> str:
 
 def _known(name: str, config: EvaluationRun) -> Benchmark:
     known, num = KNOWN[name], config.eval.num_problems
-    file = data_folder() / known.file if data_folder() is not None else None
-    if file is not None and file.is_file():
+    folder = data_folder()
+    if folder is not None and (file := folder / known.file).is_file():
         columns = {"problem_column": "problem", "answer_column": "answer", "id_column": "id"}
         data = _data(config, source="file", path=str(file), **columns)
         return Benchmark(name, data, known=known, num_problems=num)
