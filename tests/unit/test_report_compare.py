@@ -12,7 +12,7 @@ from fastreason.cli import main
 from fastreason.errors import ConfigError, DataError
 from fastreason.evaluation.rows import EvalSample
 from fastreason.evaluation.tables import Grid
-from fastreason.report.compare import chosen, report_compare, runs_of, training_section
+from fastreason.report.compare import chosen, runs_of, training_section
 from fastreason.report.compare_pictures import PICTURES, bins_picture, pass_at_k_picture, transitions_picture
 from fastreason.report.compare_tables import (
     agreement_grid,
