@@ -203,7 +203,7 @@ def _labels(entries: Sequence[_Found]) -> list[str]:
 
 def _differing(evaluations: Sequence[Evaluation], key: str) -> str:
     """The parts of a setting that are not the same for all, by model; empty where all are."""
-    values = [evaluation.settings.get(key) for evaluation in evaluations]
+    values: list[Any] = [evaluation.settings.get(key) for evaluation in evaluations]
     if all(value == values[0] for value in values):
         return ""
     if not all(isinstance(value, Mapping) for value in values):

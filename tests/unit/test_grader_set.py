@@ -186,12 +186,12 @@ def test_10000_fuzzed_answers_cost_no_crash_and_no_grader() -> None:
                 Prompt(id=str(n), text="What?", answer=GOLDS[n % len(GOLDS)]) for n in range(NUM_FUZZED // PER_PROMPT)
             ]
             texts = [[fuzzed() for _ in range(PER_PROMPT)] for _ in prompts]
-            texts[100][7] = texts[400][3] = TOWER
+            texts[96][7] = texts[400][3] = TOWER  # to golds that are 7
             groups = await asyncio.gather(*[pool.grade(p, t) for p, t in zip(prompts, texts, strict=True)])
             grades = [grade for group in groups for grade in group]
             assert len(grades) == NUM_FUZZED and {grade.reward for grade in grades} <= {0.0, 1.0}
             assert sum(grade.timed_out for grade in grades) == pool.num_timeouts >= 2
-            assert groups[100][7].timed_out and groups[400][3].timed_out
+            assert groups[96][7].timed_out and groups[400][3].timed_out
             for _ in range(100):
                 if pool.num_alive == 2:
                     break
