@@ -41,7 +41,7 @@ def report_compare(
     if num_samples < 0:
         raise ConfigError(f"--samples {num_samples}: it must be 0 or more.")
     comparisons = read_comparisons(folders, n)
-    curves = training_section([*runs, *_runs_of(comparisons)], out)
+    curves = training_section([*runs, *runs_of(comparisons)], out)
     scores = score_grids(comparisons)
     sections = [Section("Scores", notes=_notes(comparisons), tables=[Table(grid) for grid in scores])]
     grids = list(scores)
@@ -139,7 +139,7 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     return told + [f"{comparison.title}: {note}" for comparison in comparisons for note in comparison.notes]
 
 
-def _runs_of(comparisons: Sequence[Comparison]) -> list[Path]:
+def runs_of(comparisons: Sequence[Comparison]) -> list[Path]:
     """Folders of the training runs that made the evaluated models, where they are still there: RUN/model."""
     paths = [Path(str(e.settings["model"]["path"])).parent for c in comparisons for e in c.evaluations]
     return [

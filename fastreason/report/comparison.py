@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastreason.errors import ConfigError, DataError
+from fastreason.evaluation.benchmarks import KNOWN
 from fastreason.evaluation.rows import (
     Classes,
     EvalSample,
@@ -177,8 +178,7 @@ def _compare(name: str, entries: Sequence[_Found], n: int | None) -> Comparison:
     notes = [f"{key} differs: {text}" for key in NOTED if (text := _differing(evaluations, key))]
     if max(held.values()) > n:
         notes.append(f"only the first {n} responses to each problem are used; some evaluations have more")
-    title = entries[0].settings["benchmark"].get("title") or name
-    return Comparison(name, str(title), n, evaluations, notes)
+    return Comparison(name, KNOWN[name].title if name in KNOWN else name, n, evaluations, notes)
 
 
 def _complete(by_problem: Mapping[str, Sequence[EvalSample]]) -> int:
@@ -203,7 +203,7 @@ def _labels(entries: Sequence[_Found]) -> list[str]:
 
 def _differing(evaluations: Sequence[Evaluation], key: str) -> str:
     """The parts of a setting that are not the same for all, by model; empty where all are."""
-    values = [evaluation.settings.get(key) for evaluation in evaluations]
+    values: list[Any] = [evaluation.settings.get(key) for evaluation in evaluations]
     if all(value == values[0] for value in values):
         return ""
     if not all(isinstance(value, Mapping) for value in values):

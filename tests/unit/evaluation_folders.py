@@ -20,7 +20,6 @@ def write_evaluation(root: Path, label: str, right: dict[str, int], n: int = N, 
         "model": {"path": changes.pop("path", f"models/{label}"), "checksum": label},
         "benchmark": {
             "name": "sums",
-            "title": "Sums",
             "checksum": changes.pop("checksum", "c"),
             "num_problems": len(right),
         },

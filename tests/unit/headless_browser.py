@@ -34,11 +34,12 @@ class Tab:
         self._reader = asyncio.create_task(self._read())
 
     async def open(self, path: Path) -> None:
-        target = await self.send("Target.createTarget", url="about:blank", width=1280, height=900)
+        target = await self.send("Target.createTarget", url="about:blank")
         attached = await self.send("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             await self.send(f"{domain}.enable")
+        await self.send("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
         await self.send("Page.navigate", url=path.resolve().as_uri())
         await asyncio.wait_for(self._loaded.wait(), WAIT_S)
 

@@ -20,10 +20,11 @@ pytestmark = [
 PROBLEMS = "table:has(button[data-problem])"
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
-    folders = [write_evaluation(tmp_path, "base", BASE), write_evaluation(tmp_path, "trained", TRAINED)]
-    return report_compare(folders, tmp_path / "report")
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evals")
+    folders = [write_evaluation(root, "base", BASE), write_evaluation(root, "trained", TRAINED)]
+    return report_compare(folders, root / "report")
 
 
 def in_browser(page: Path, tmp_path: Path, use) -> Tab:

@@ -137,7 +137,7 @@ def test_the_table_says_where_the_time_went(tmp_path):
     assert find["restarts"] == "engine 2, producer 1" and find["dropped groups"] == "0"
     assert find["ledger"] == "none (no ledger.jsonl)" and find["picture"] == str(run / "report.png")
     page = (run / "report.html").read_text()
-    assert find["page"] == str(run / "report.html") and "<td>wait 44%, train 50%" in page
+    assert find["page"] == str(run / "report.html") and ">wait 44%, train 50%" in page
     assert "<td>2</td><td>0.2</td>" in page, "every step is in the table"
 
 
