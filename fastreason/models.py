@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,30 @@ def max_model_len(config: Config, model_config: dict[str, Any], key: str = "mode
             f"Lower one of the two, or let {key} be a model of longer sequences."
         )
     return wanted
+
+
+def model_checksum(folder: Path) -> str:
+    """xxh3-128 over config, tokenizer and weights, whatever the folder is called."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = [folder / name for name in names if (folder / name).is_file()] + weights
+    return checksum(chunk for file in files for chunk in _chunks(file))
+
+
+def checksum(chunks: Iterable[bytes]) -> str:
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    yield f"{file.name}|{file.stat().st_size}|".encode()
+    with open(file, "rb") as content:
+        while chunk := content.read(1 << 22):
+            yield chunk
 
 
 def has_weights(folder: Path) -> bool:

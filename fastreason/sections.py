@@ -106,12 +106,15 @@ class EvalConfig(Section):
     temperature: float = Field(1.0, gt=0, description="sampling temperature of evaluation")
     every: int = Field(0, ge=0, description="evaluate every so many steps; 0: only before and after training")
     seed: int = Field(12345, ge=0, description="seed of evaluation sampling: the same before and after")
+    max_running: int = Field(
+        256, ge=1, description="held-out prompts in generation at once, beside the groups that are trained on"
+    )
 
 
 class RewardConfig(Section):
     functions: dict[str, float] = Field(
         default_factory=lambda: {"math": 1.0},
-        description="name -> weight. math | reasoning_gym | format | reward_model | package.module:function",
+        description="name -> weight. math | strict | reasoning_gym | format | reward_model | package.module:function",
     )
     range: Literal["zero_one", "plus_minus_one"] = Field(
         "zero_one", description="a wrong answer gives 0 or -1: every verifiable part in [0, 1] is mapped accordingly"

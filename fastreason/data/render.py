@@ -16,15 +16,16 @@ def render_messages(prompt: Prompt, config: DataConfig) -> list[dict[str, str]]:
     return messages
 
 
-def render_token_ids(prompt: Prompt, config: DataConfig, tokenizer: Any) -> list[int]:
+def render_token_ids(prompt: Prompt, config: DataConfig, tokenizer: Any, opening: str = "") -> list[int]:
     """The prompt's token ids: through the chat template up to where the answer begins, or the raw user message.
 
+    opening: how the answer begins, put after the prompt unless the template has put it there.
     The template writes its special tokens itself; a raw text gets those the tokenizer adds (a BOS where it has one).
     Raises `ConfigError` where the tokenizer has no chat template, or its template refuses the messages.
     """
     messages = render_messages(prompt, config)
     if not config.chat_template:
-        return list(tokenizer(messages[-1]["content"])["input_ids"])
+        return list(tokenizer(messages[-1]["content"] + opening)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "data.chat_template=true, but the model's tokenizer has no chat template: a base model? Set "
@@ -39,6 +40,8 @@ def render_token_ids(prompt: Prompt, config: DataConfig, tokenizer: Any) -> list
             f"the model's chat template refuses the messages ({roles}): {type(error).__name__}: {error}. Some "
             "templates take no system message: set data.system_prompt=null and write it into data.user_template."
         ) from error
+    if opening and not text.rstrip().endswith(opening.rstrip()):
+        text += opening
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

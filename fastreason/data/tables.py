@@ -110,7 +110,10 @@ def _problem(index: int, place: str, row: dict[str, Any], config: DataConfig) ->
 
 
 def _cell(row: dict[str, Any], column: str, key: str, place: str, config: DataConfig) -> str:
-    """The text of a column; numbers are written out. Raises `DataError` that names the key, the place and the value."""
+    """The text of a column; numbers are written out, and a list of one is that one.
+
+    Raises `DataError` that names the key, the place and the value.
+    """
     if column not in row:
         near = difflib.get_close_matches(column, row, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
@@ -120,6 +123,8 @@ def _cell(row: dict[str, Any], column: str, key: str, place: str, config: DataCo
             f"it has: {', '.join(row) or 'none'}.{none}"
         )
     value = row[column]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool):

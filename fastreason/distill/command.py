@@ -8,7 +8,6 @@ import asyncio
 import importlib.util
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,6 @@ from fastreason.distill.output import (
     REPORT_FILE,
     make_report,
     print_report,
-    replace_file,
     write_report,
     write_selection,
 )
@@ -29,8 +27,9 @@ from fastreason.distill.section import DistillRun, dump_distill_config
 from fastreason.distill.selection import accuracy_figures, select
 from fastreason.distill.teacher import check_length, load_tokenizer, make_grading, open_teacher, sampling_settings
 from fastreason.errors import ConfigError, FastreasonError
+from fastreason.rollout.line_file import replace_file
 from fastreason.rollout.sample_store import SAMPLES_FILE, SETTINGS_FILE, Kept, Response, SampleStore, check_settings
-from fastreason.rollout.sampling_job import Ask, Tally, run_job
+from fastreason.rollout.sampling_job import Ask, Tally, cancel_on_signals, run_job
 
 CONFIG_FILE = "config.yaml"
 
@@ -137,7 +136,7 @@ def _sample(
     stopped_by: list[int] = []
 
     async def main() -> None:
-        _on_signals(stopped_by)
+        cancel_on_signals(stopped_by)
         grader = make_grading(config)
         await grader.start()
         try:
@@ -145,7 +144,7 @@ def _sample(
 
                 def on_response(response: Response) -> None:
                     teacher.note_life()
-                    tally.add(response)
+                    tally.add(response, f"{response.id}: {response.refusal}" if response.refused else None)
 
                 tally.begin()
                 limit = config.distill.concurrency
@@ -164,21 +163,6 @@ def _sample(
         error.args = (f"{str(error).replace('rollout.max_new_tokens', 'distill.max_new_tokens')}{kept}",)
         raise
     return None
-
-
-def _on_signals(stopped_by: list[int]) -> None:
-    """Have the first SIGINT or SIGTERM cancel the running task, after which everything is ended in order."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def stop(number: int) -> None:
-        if not stopped_by:
-            print("stopping; what has been sampled is kept", file=sys.stderr, flush=True)
-            task.cancel()
-        stopped_by.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
 
 
 def _how_to_go_on(out: Path) -> str:

@@ -3,8 +3,7 @@
 Every file is written aside, brought to the disk and renamed, so that no reader meets half of one.
 """
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from fastreason.distill.section import DistillRun, dumped
 from fastreason.distill.selection import Passage, Selection
+from fastreason.rollout.line_file import replace_file
 from fastreason.rollout.sample_store import SAMPLES_FILE, SampleStore
 
 REPORT_FILE, POSITIVES_FILE, PAIRS_FILE = "report.json", "positives.jsonl", "pairs.jsonl"
@@ -99,13 +99,3 @@ def print_report(report: dict[str, Any], out: Path, console: Console | None = No
     console.print(f"{time['new_responses']} responses in {time['seconds']:.0f} s{speed}{earlier}", highlight=False)
     for label, file in (("positives", POSITIVES_FILE), ("pairs", PAIRS_FILE), ("all responses", SAMPLES_FILE)):
         console.print(f"{label}: {out / file}", markup=False, highlight=False, soft_wrap=True)
-
-
-def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file aside, bring it to the disk, and rename it into place."""
-    aside = path.with_name(f"{path.name}.writing")
-    with open(aside, "wb") as file:
-        file.writelines(chunks)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

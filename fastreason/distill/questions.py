@@ -18,8 +18,8 @@ from fastreason.distill.section import DistillRun, named
 from fastreason.distill.selection import Passage
 from fastreason.errors import ConfigError, DataError
 from fastreason.rewards import check_prompts, resolve_rewards
-from fastreason.rollout.sample_store import SAMPLES_FILE, SampleStore
-from fastreason.rollout.sampling_job import Ask, Reply, missing_asks
+from fastreason.rollout.sample_store import SAMPLES_FILE, Reply, SampleStore
+from fastreason.rollout.sampling_job import Ask, missing_asks
 from fastreason.types import Prompt
 
 

@@ -5,7 +5,7 @@ A part of the composition root: it chooses the sampler and the graders. It refus
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,35 +111,14 @@ def sampling_settings(config: DistillRun, model_dir: Path | None, tokenizer: Any
     if config.model is None:
         return settings | {"distill.url": config.distill.url}
     assert model_dir is not None
+    from fastreason.models import checksum, model_checksum
+
     template = getattr(tokenizer, "chat_template", None) if config.data.chat_template else None
     return settings | {
         "model (checksum)": model_checksum(model_dir),
         "model.dtype": config.model.dtype,
-        "chat template (checksum)": _checksum([str(template).encode()]) if template else None,
+        "chat template (checksum)": checksum([str(template).encode()]) if template else None,
     }
-
-
-def model_checksum(folder: Path) -> str:
-    """xxh3-128 over config, tokenizer and weights, whatever the folder is called."""
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    files = [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob("*.safetensors"))
-    return _checksum(chunk for file in files for chunk in _chunks(file))
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    yield f"{file.name}|{file.stat().st_size}|".encode()
-    with open(file, "rb") as content:
-        while chunk := content.read(1 << 22):
-            yield chunk
-
-
-def _checksum(chunks: Iterable[bytes]) -> str:
-    import xxhash
-
-    state = xxhash.xxh3_128()
-    for chunk in chunks:
-        state.update(chunk)
-    return state.hexdigest()
 
 
 def _say(text: str) -> None:

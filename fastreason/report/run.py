@@ -1,7 +1,7 @@
-"""What a run has written, in one picture (`report.png`) and a short table: reward, staleness, where the time went.
+"""What a run has written, in one picture (`report.png`), a short table and a page: reward, staleness, where the time went.
 
 Reads `metrics.jsonl`, `summary.json`, `ledger.jsonl` and the timeline of a run folder, of a run that is over or still going.
-Talks to no process and changes nothing but its picture.
+Talks to no process and changes nothing but its picture and page.
 """
 
 import statistics
@@ -33,6 +33,7 @@ from fastreason.report.panels import (
     token_scale,
 )
 from fastreason.report.reward_curve import INK, evaluations
+from fastreason.report.run_page import write_run_page
 from fastreason.report.timeline import Piece, draw_timeline, read_piece
 
 REPORT_FILE = "report.png"
@@ -53,7 +54,7 @@ class RunRecord:
 
 
 def report_run(run_dir: Path, out: Path | None = None, console: Console | None = None) -> Path:
-    """Draw the picture of a run, print its table, and return the picture's path.
+    """Draw the picture of a run, write its page (`report.html`), print its table, and return the picture's path.
 
     Raises ConfigError where the folder is no run or `out` cannot be written, DataError where no step is done yet.
     """
@@ -63,7 +64,9 @@ def report_run(run_dir: Path, out: Path | None = None, console: Console | None =
         raise ConfigError(f"--out {out}: a PNG is written, into a folder that exists. Give FOLDER/NAME.png.")
     offline = "logp/chosen" in record.rows[-1]
     (draw_offline if offline else draw_run)(record, out)
-    lines = [*(describe_offline if offline else describe_run)(record), ("picture", str(out))]
+    lines = (describe_offline if offline else describe_run)(record)
+    page = write_run_page(run_dir, lines, record.rows, out)
+    lines = [*lines, ("picture", str(out)), ("page", str(page))]
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         (console or Console()).print(f"{label:<{width}}   {text}", markup=False, highlight=False, soft_wrap=True)

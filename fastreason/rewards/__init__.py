@@ -1,6 +1,7 @@
 """Rewards: pure functions from a response's text to a number, and how they combine. No process, no clock, no I/O."""
 
-from fastreason.rewards.extract import extract_answer, last_answer_tag, last_boxed
+from fastreason.rewards.extract import extract_answer, last_answer_tag, last_boxed, read_answer
+from fastreason.rewards.normal_form import normalise_answer, read_number
 from fastreason.rewards.table import (
     REWARD_MODEL,
     REWARDS,
@@ -19,5 +20,8 @@ __all__ = [
     "extract_answer",
     "last_answer_tag",
     "last_boxed",
+    "normalise_answer",
+    "read_answer",
+    "read_number",
     "resolve_rewards",
 ]

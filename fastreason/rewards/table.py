@@ -17,6 +17,7 @@ from fastreason.config import RewardConfig
 from fastreason.errors import ConfigError, RewardError
 from fastreason.rewards.form import format_reward
 from fastreason.rewards.procedural import reasoning_gym_reward
+from fastreason.rewards.strict import strict_reward
 from fastreason.rewards.verification import math_reward
 from fastreason.types import Grade, Prompt
 
@@ -26,6 +27,7 @@ REWARDS: dict[str, RewardFunction] = {
     "math": math_reward,
     "reasoning_gym": reasoning_gym_reward,
     "format": format_reward,
+    "strict": strict_reward,
 }
 REWARD_MODEL = "reward_model"
 
@@ -34,8 +36,8 @@ REWARD_MODEL = "reward_model"
 class RewardSpec:
     """Which reward functions, with what weights: `reward = sum_i weight_i * part_i`.
 
-    `range` = `plus_minus_one` replaces each verifiable part r (`math`, `reasoning_gym`, `format` and user functions,
-    not `reward_model`) by `2 r - 1` in that sum, so `{math: 1.0}` gives exactly {0, 1} or {-1, 1}. `Grade.parts`
+    `range` = `plus_minus_one` replaces each verifiable part r (`math`, `strict`, `reasoning_gym`, `format` and user
+    functions, not `reward_model`) by `2 r - 1` in that sum, so `{math: 1.0}` gives exactly {0, 1} or {-1, 1}. `Grade.parts`
     keeps the raw parts. The weights are not normalised.
 
     `Grade.correct` is: the first part, in the order of the config, that judges the answer (`math`, `reasoning_gym` or
@@ -127,7 +129,7 @@ def resolve_rewards(config: RewardConfig) -> RewardSpec:
 
 def check_prompts(spec: RewardSpec, prompts: Sequence[Prompt]) -> None:
     """Raise `ConfigError` where a reward cannot judge these: `math` needs answers, `reasoning_gym` its own problems."""
-    if "math" in spec.functions:
+    if {"math", "strict"} & set(spec.functions):
         lacking = [prompt for prompt in prompts if prompt.answer is None or not prompt.answer.strip()]
         if lacking:
             raise ConfigError(

@@ -1,8 +1,9 @@
 r"""The reward `math`: is the response's final answer mathematically equal to the gold answer? math-verify decides.
 
-The answer is the content of the last `\boxed{}` if there is one, else the whole response; both sides are parsed, and
-the gold comes first (`verify(gold, answer)`: the order matters). This is the reward of Minimal-RL (arXiv 2504.11343)
-and RLvsDistillation (arXiv 2505.14216).
+The answer is the content of the last `\boxed{}` if there is one, else of the last `<answer></answer>` (whose brackets
+math-verify would read as "less than"), else the whole response; both sides are parsed, and the gold comes first
+(`verify(gold, answer)`: the order matters). This is the reward of Minimal-RL (arXiv 2504.11343) and RLvsDistillation
+(arXiv 2505.14216).
 
 What math-verify does with free text, and what is corrected here. It takes the last expression, the right-hand side
 of a chain of equations ("3 + 4 = 7 = 9" answers 9), prefers what follows "answer is", ignores units and reads 7 as 7%
@@ -23,7 +24,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from fastreason.rewards.extract import last_boxed
+from fastreason.rewards.extract import last_answer_tag, last_boxed
 from fastreason.types import Prompt
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
@@ -55,6 +56,8 @@ def _is_right(text: str, prompt: Prompt) -> bool:
     parse, verify = _math_verify()
     gold_is_number = _PLAIN_NUMBER.fullmatch(prompt.answer.strip()) is not None
     boxed = last_boxed(text)
+    if boxed is None:
+        text = last_answer_tag(text) or text
     if boxed is not None:
         answer = parse(f"\\boxed{{{boxed}}}", parsing_timeout=None)
     elif gold_is_number:

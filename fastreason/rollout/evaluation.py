@@ -1,4 +1,8 @@
-"""One held-out evaluation: every prompt sampled and graded, each response written down, accuracy with its error."""
+"""One held-out evaluation: every prompt sampled and graded, each response written down, accuracy with its error.
+
+It runs beside the generation of groups, on the same engine, and has a limit of its own: it takes no group's place in admission,
+and no group takes its.
+"""
 
 import asyncio
 import math
@@ -11,8 +15,6 @@ import msgspec
 
 from fastreason.types import EvalResult, Prompt, Sample
 
-MAX_PROMPTS_AT_ONCE = 256
-
 
 async def evaluate(
     prompts: list[Prompt],
@@ -22,15 +24,16 @@ async def evaluate(
     version: int,
     temperature: float,
     path: Path,
+    max_running: int,
     on_progress: Callable[[int, int], None],
 ) -> EvalResult:
-    """Sample and grade every prompt; writes a JSON line per response to `path`.
+    """Sample and grade every prompt, `max_running` at a time; writes a JSON line per response to `path`.
 
     accuracy = mean over prompts of the share of right responses; its standard error is that of the prompts' means,
     since responses to one prompt are not independent.
     """
     started = time.perf_counter()
-    turn = asyncio.Semaphore(MAX_PROMPTS_AT_ONCE)
+    turn = asyncio.Semaphore(max_running)
     done = 0
 
     async def one(index: int, prompt: Prompt) -> list[Sample]:

@@ -77,8 +77,9 @@ def _serve(channel: Connection, spec: RewardSpec) -> None:
 
 def _warm_up(spec: RewardSpec) -> None:
     """Import what the built-in rewards import lazily, so that no response's deadline pays for it."""
-    if "math" in spec.functions:
-        spec.functions["math"]("so $3 + 4 = 7$", Prompt(id="warm-up", text="What is $3 + 4$?", answer="7"))
+    for name in ("math", "strict"):
+        if name in spec.functions:
+            spec.functions[name](r"so $3 + 4 = \boxed{x}$", Prompt(id="warm-up", text="What is $3 + 4$?", answer="7"))
     if "reasoning_gym" in spec.functions:
         import reasoning_gym  # noqa: F401
 

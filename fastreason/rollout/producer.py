@@ -306,6 +306,7 @@ class Producer:
             version=self._engine.version,
             temperature=config.eval.temperature,
             path=self._run_dir / f"eval-{name}.jsonl",
+            max_running=config.eval.max_running,
             on_progress=lambda done, total: self._on_progress(f"evaluate ({name})", done, total),
         )
         self._sampling.generating.take(), self._sampling.grading.take()  # an evaluation's seconds are not a step's

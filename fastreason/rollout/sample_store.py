@@ -1,20 +1,20 @@
 """samples.jsonl: graded responses, one a line, appended as they finish; what is there is found again after a kill.
 
-It owns the file, its lock, and where each response stands in it; texts stay on disk. It refuses to mix responses that were
+It owns the file and where each response stands in it; texts stay on disk. It refuses to mix responses that were
 sampled in different ways, responses to different problems under one id, and two writers.
 """
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from fastreason.errors import ConfigError, DataError
-from fastreason.types import Prompt
+from fastreason.rollout.line_file import Line, LineFile, replace_file
+from fastreason.types import Grade, Prompt
 
 SAMPLES_FILE, SETTINGS_FILE = "samples.jsonl", "sampling.json"
 
@@ -47,6 +47,23 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
         return self.finish_reason == "length"
 
 
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """A response before it is graded; None where the source does not say. `refusal`: why there is none, nor will be.
+
+    `logp_sum` is its log-probability under the distribution that it was sampled from, nats.
+    """
+
+    text: str
+    num_tokens: int | None = None
+    finish_reason: str | None = None
+    refusal: str | None = None
+    logp_sum: float | None = None
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
 class Kept(NamedTuple):
     """A response without its text: where its line stands, and what a choice among responses needs to know."""
 
@@ -70,19 +87,12 @@ class SampleStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / SAMPLES_FILE
         self.kept: dict[str, dict[int, Kept]] = {}
         self._problems: dict[str, bytes] = {}
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (held for as long as the store)
+        self._file = LineFile(self.path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ConfigError(f"--out {folder}: another process is writing to {self.path}. Wait for its end.") from None
-        try:
-            self._size = self._read()
-            self._file.truncate(self._size)
+            self._file.scan(partial(self._index, msgspec.json.Decoder(Response)))
         except BaseException:
             self._file.close()
             raise
@@ -90,24 +100,32 @@ class SampleStore:
     def __len__(self) -> int:
         return sum(map(len, self.kept.values()))
 
+    def record(self, prompt: Prompt, sample: int, reply: Reply, grade: Grade) -> Response:
+        """Add response number `sample` to a prompt, as it was judged; returns it."""
+        response = Response(
+            id=prompt.id,
+            sample=sample,
+            problem=prompt.text,
+            answer=prompt.answer,
+            response=reply.text,
+            num_tokens=reply.num_tokens,
+            finish_reason=reply.finish_reason,
+            correct=grade.correct,
+            reward=grade.reward,
+            timed_out=grade.timed_out,
+            refusal=reply.refusal,
+        )
+        self.add(response)
+        return response
+
     def add(self, response: Response) -> Kept:
         """Append one whole line in one write, so that a kill loses no other; nothing is left of one that did not fit."""
         line = msgspec.json.encode(response) + b"\n"
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            self._file.truncate(self._size)
-            raise DataError(f"{self.path} cannot be written: {error}. Make room, then go on with --resume.") from error
-        if written != len(line):
-            self._file.truncate(self._size)
-            raise DataError(f"{self.path}: the disk is full. Make room, then go on with --resume.")
-        kept = self._note(response, self._size, len(line), "the new response")
-        self._size += len(line)
-        return kept
+        return self._note(response, self._file.append(line), len(line), "the new response")
 
     def read(self, kept: Kept) -> Response:
         """The whole of a response that is kept."""
-        return msgspec.json.decode(os.pread(self._file.fileno(), kept.num_bytes, kept.offset), type=Response)
+        return msgspec.json.decode(self._file.read(kept.offset, kept.num_bytes), type=Response)
 
     def check_problems(self, prompts: Iterable[Prompt]) -> None:
         """Raise ConfigError where the responses under a prompt's id are to another problem, or judged by another answer."""
@@ -120,25 +138,15 @@ class SampleStore:
 
     def close(self) -> None:
         """Bring everything to the disk and let go of the lock. May be called twice."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._file.close()
 
-    def _read(self) -> int:
-        """Index the lines that are there; returns the bytes of those that are whole."""
-        decoder, position = msgspec.json.Decoder(Response), 0
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                place = f"{self.path}, line {number}"
-                try:
-                    response = decoder.decode(line)
-                except msgspec.DecodeError as error:
-                    raise DataError(f"{place} is no graded response: {error}. Repair or delete the line.") from error
-                self._note(response, position, len(line), place)
-                position += len(line)
-        return position
+    def _index(self, decoder: msgspec.json.Decoder[Response], line: Line) -> None:
+        place = f"{self.path}, line {line.number}"
+        try:
+            response = decoder.decode(line.content)
+        except msgspec.DecodeError as error:
+            raise DataError(f"{place} is no graded response: {error}. Repair or delete the line.") from error
+        self._note(response, line.offset, len(line.content), place)
 
     def _note(self, response: Response, offset: int, num_bytes: int, place: str) -> Kept:
         identity = _identity(response.problem, response.answer)
@@ -168,9 +176,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     path, samples = folder / SETTINGS_FILE, folder / SAMPLES_FILE
     asked = msgspec.json.decode(msgspec.json.encode(dict(settings)))
     if not samples.is_file() or samples.stat().st_size == 0:
-        aside = path.with_suffix(".writing")
-        aside.write_bytes(msgspec.json.format(msgspec.json.encode(asked)) + b"\n")
-        os.replace(aside, path)
+        replace_file(path, [msgspec.json.format(msgspec.json.encode(asked)) + b"\n"])
         return
     try:
         held = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])

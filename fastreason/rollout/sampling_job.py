@@ -1,34 +1,30 @@
 """Many responses to many problems: each is asked for once, graded, and written down as it finishes.
 
-It owns what is asked, in which order and with which seed, and the count of what came back; `fastreason distill` samples with
-it. It refuses to know who answers, and what the responses are for.
+It owns what is asked, in which order and with which seed, and the count of what came back; `fastreason distill` and `fastreason
+eval` sample with it. It refuses to know who answers, and what the responses are for.
 """
 
+import asyncio
 import re
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from fastreason.rollout.engine import Engine
-from fastreason.rollout.sample_store import Response, SampleStore
+from fastreason.rollout.sample_store import Reply
 from fastreason.rollout.sampling import Grader, Tokenizer, group_seed, together
 from fastreason.types import Grade, Prompt, SamplingParams
 
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 ENOUGH = 20  # responses after which their speed says something
 THINK = "<think>"
 OPENED = re.compile(rf"{THINK}\s*\Z")
 PROMPT_END = 16  # tokens in which OPENED fits, also of a tokenizer that spells it out
-
-
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A response before it is graded; None where the source does not say. `refusal`: why there is none, nor will be."""
-
-    text: str
-    num_tokens: int | None = None
-    finish_reason: str | None = None
-    refusal: str | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +33,26 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Prompt
     sample: int
     recorded: Reply | None = None
+
+
+class Store(Protocol[R_co]):
+    """Where responses go; `kept` has the numbers of those to each problem's id that are there."""
+
+    @property
+    def kept(self) -> Mapping[str, Container[int]]: ...
+
+    def record(self, prompt: Prompt, sample: int, reply: Reply, grade: Grade) -> R_co: ...
+
+
+class Counted(Protocol):
+    """What the count of a job needs to know of a response."""
+
+    @property
+    def correct(self) -> bool: ...
+    @property
+    def truncated(self) -> bool: ...
+    @property
+    def num_tokens(self) -> int | None: ...
 
 
 class Sampler(Protocol):
@@ -75,6 +91,7 @@ class EngineSampler:
             text=self._opening(prompt_token_ids, text) + text,
             num_tokens=len(completion.token_ids),
             finish_reason=completion.finish_reason,
+            logp_sum=sum(completion.logp),
         )
 
     def _opening(self, prompt_token_ids: list[int], text: str) -> str:
@@ -92,10 +109,10 @@ class RecordedSampler:
         return ask.recorded
 
 
-def missing_asks(prompts: Iterable[Prompt], num_samples: int, store: SampleStore) -> Iterator[Ask]:
+def missing_asks(prompts: Iterable[Prompt], num_samples: int, store: Store[Any]) -> Iterator[Ask]:
     """Responses 0 to `num_samples - 1` of each prompt that the store does not hold, one prompt after the other."""
     for prompt in prompts:
-        held = store.kept.get(prompt.id, {})
+        held = store.kept.get(prompt.id, ())
         yield from (Ask(prompt=prompt, sample=number) for number in range(num_samples) if number not in held)
 
 
@@ -103,10 +120,10 @@ async def run_job(
     asks: Iterable[Ask],
     sampler: Sampler,
     grader: Grader,
-    store: SampleStore,
+    store: Store[R],
     *,
     concurrency: int,
-    on_response: Callable[[Response], None],
+    on_response: Callable[[R], None],
 ) -> None:
     """Have every ask answered, graded and stored, `concurrency` at a time; the first failure ends the job and is raised."""
     waiting = iter(asks)
@@ -114,28 +131,28 @@ async def run_job(
     async def work() -> None:
         for ask in waiting:
             reply = await sampler.reply(ask)
-            truncated = reply.finish_reason == "length"
             if reply.refusal is None:
-                (grade,) = await grader.grade(ask.prompt, [reply.text], [truncated])
+                (grade,) = await grader.grade(ask.prompt, [reply.text], [reply.truncated])
             else:
                 grade = Grade(reward=0.0, correct=False)
-            response = Response(
-                id=ask.prompt.id,
-                sample=ask.sample,
-                problem=ask.prompt.text,
-                answer=ask.prompt.answer,
-                response=reply.text,
-                num_tokens=reply.num_tokens,
-                finish_reason=reply.finish_reason,
-                correct=grade.correct,
-                reward=grade.reward,
-                timed_out=grade.timed_out,
-                refusal=reply.refusal,
-            )
-            store.add(response)
-            on_response(response)
+            on_response(store.record(ask.prompt, ask.sample, reply, grade))
 
     await together(*(work() for _ in range(concurrency)))
+
+
+def cancel_on_signals(stopped_by: list[int]) -> None:
+    """Have the first SIGINT or SIGTERM cancel the running task, after which everything is ended in order."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def stop(number: int) -> None:
+        if not stopped_by:
+            print("stopping; what has been sampled is kept", file=sys.stderr, flush=True)
+            task.cancel()
+        stopped_by.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
 
 
 class Tally:
@@ -162,14 +179,15 @@ class Tally:
         """Count the time from here: whoever answers is ready."""
         self._started = self._said = self._clock()
 
-    def add(self, response: Response) -> None:
+    def add(self, response: Counted, refusal: str | None = None) -> None:
+        """Count a response, or the `refusal` of whoever was asked; the first of those is said."""
         self.num_done += 1
         self.num_right += response.correct
         self.num_truncated += response.truncated
         self.num_tokens += response.num_tokens or 0
-        self.num_refused += response.refused
-        if response.refusal is not None and self.num_refused == 1:
-            self._say(f"{response.id}: {response.refusal}")
+        self.num_refused += refusal is not None
+        if refusal is not None and self.num_refused == 1:
+            self._say(refusal)
         if self.num_done == self.total or self._clock() - self._said >= self._interval_s:
             self._said = self._clock()
             self._say(self.line())

@@ -21,11 +21,11 @@ from fastreason.types import Grade, Prompt, WeightUpdate
 EVAL_PROMPTS = [Prompt(id=f"e{i}", text="held out", answer=str(i)) for i in range(4)]
 
 
-def make_config(batch_size=2, steps=10, staleness=1, **rollout):
+def make_config(batch_size=2, steps=10, staleness=1, max_running=256, **rollout):
     raw = {
         "model": {"path": "none"},
         "data": {"task": "chain_sum", "max_prompt_tokens": 5},
-        "eval": {"num_prompts": 4, "samples_per_prompt": 3},
+        "eval": {"num_prompts": 4, "samples_per_prompt": 3, "max_running": max_running},
         "rollout": {"samples_per_prompt": 2, "max_new_tokens": 4, "max_staleness": staleness, **rollout},
         "train": {"steps": steps, "prompts_per_step": batch_size},
     }

@@ -19,7 +19,7 @@ PLUMBING |= {"processes", "session", "patience", "beats"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
 PARTS |= {"credit", "critic", "frozen"}
-PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluate", "report", "training"}
+PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluation", "report", "training"}
 EVERYTHING = {""}
 
 # Which modules of fastreason one may import besides those of its own package. A new module needs a row.
@@ -45,7 +45,7 @@ ALLOWED = {
     "trace": set(),
     "replay": FOUNDATION | {"rollout"},
     "reference": FOUNDATION,
-    "report": FOUNDATION | {"metrics", "trace", "ledger"},
+    "report": FOUNDATION | {"metrics", "trace", "ledger", "evaluation"},
     "probes": FOUNDATION | {"processes"},
     "machine": FOUNDATION,
     "doctor": FOUNDATION | {"machine", "probes"},
@@ -64,17 +64,17 @@ ALLOWED = {
     "update": MEANING | PLUMBING | {"policy", "critic"},
     "sync": MEANING | PLUMBING | {"policy"},
     "objectives": MEANING | {"policy"},
-    **dict.fromkeys(("loop", "training", "evaluate"), PARTS | PROTOCOLS),
+    **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
     **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
-    **dict.fromkeys(("serving", "distill", "compose_offline", "offline_data", "resume"), EVERYTHING),
+    **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
 CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
-REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym"}
+REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "fastreason_kernels"}
 ADAPTED = {"trl", "verl", "liger_kernel", "transformers"}
 AT_MOST_ONE = {"vllm": {"rollout.vllm"}, "deepspeed": {"update.deepspeed"}}
@@ -168,7 +168,7 @@ def test_the_loss_library_stands_alone():
         ("loop", "import importlib\nimportlib.import_module('fastreason.update.deepspeed')", "only"),
         ("losses.preference", "from fastreason.metrics import MetricsLog", "losses may not import"),
         ("advantages", "import psutil", "a pure module"),
-        ("evaluate.passk", "import vllm", "may import vllm"),
+        ("evaluation.scores", "import vllm", "may import vllm"),
         ("update.updater", "from deepspeed import zero", "may import deepspeed"),
         ("policy", "import triton.language as tl", "loss library"),
         ("utils", "import os", "no row"),
@@ -214,7 +214,10 @@ def run_timed(*arguments: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("module", ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor"])
+LIGHT = ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor", "evaluation.section"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_nothing_heavy(module):
     assert heavy_modules(run_timed("-P", "-c", f"import fastreason.{module}")) == set()
 

@@ -119,7 +119,7 @@ def test_what_cannot_travel_stays_behind(tmp_path: Path) -> None:
         ('{"problems": "1", "answer": "1"}\n', {}, r"did you mean 'problems'"),
         ('{"problem": "1"}\n', {}, r"data\.answer_column='answer'.*data\.answer_column=null"),
         ('{"problem": "1", "answer": null}\n', {}, r"data\.answer_column.*line 1.*is empty.*answer_missing: true"),
-        ('{"problem": "1", "answer": ["1"]}\n', {}, r"is a list.*text or a number"),
+        ('{"problem": "1", "answer": ["1", "2"]}\n', {}, r"is a list.*text or a number"),
         ('{"problem": "1", "answer": true}\n', {}, r"is a bool"),
         ('{"problem": " ", "answer": "1"}\n', {}, r"data\.problem_column.*is empty"),
         ('{"problem": "1", "answer": "1", "id": 7}\n{"problem": "2", "answer": "2", "id": "7"}\n', {"id_column": "id"},

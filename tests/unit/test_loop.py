@@ -168,6 +168,16 @@ def test_a_run_in_order(tmp_path):
     assert loop.totals.tokens_generated == 20 and loop.totals.tokens_trained == 36  # with prompts
 
 
+def test_evaluations_are_on_a_schedule_and_the_first_comes_before_step_1(tmp_path):
+    world = World()
+    make_loop(tmp_path, world, train={"steps": 5}, eval={"num_prompts": 1, "every": 2}).run()
+    assert [call for call in world.calls if call.startswith(("evaluate", "update"))] == [
+        *("evaluate before", "update", "update", "evaluate step-000002"),
+        *("update", "update", "evaluate step-000004", "update", "evaluate after"),
+    ]
+    assert [line["step"] for line in world.lines if "eval/accuracy" in line] == [2, 4, 5]
+
+
 def test_the_line_of_a_step(tmp_path):
     world = World()
     make_loop(tmp_path, world, train={"steps": 1}).run()

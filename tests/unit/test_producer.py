@@ -234,6 +234,31 @@ def test_an_evaluation_asks_the_same_before_and_after():
     assert (before.accuracy, before.version, after.version) == (after.accuracy, 0, 1)
 
 
+def test_generation_goes_on_during_an_evaluation_which_has_a_limit_of_its_own():
+    config = make_config(batch_size=2, staleness=1, max_running=3)
+    held = {f"step-000001{i}" for i in range(4)} | {"t3"}
+    with running(config, prepare=lambda run: run.engine.held.update(held)) as run:
+        run.client.start(0, 0, None)
+        run.wait_until(lambda: len(run.engine.asked) == 4)
+        assert tickets(run.client.next_batch()) == [0, 1]
+        run.publish(1)
+        run.wait_until(lambda: len(run.engine.asked) == 6)
+        answers = []
+        evaluating = threading.Thread(target=lambda: answers.append(run.client.evaluate("step-000001")))
+        evaluating.start()
+        evaluated = lambda: [name for name in run.engine.asked if name.startswith("step")]  # noqa: E731
+        run.wait_until(lambda: len(evaluated()) == 3)
+        run.engine.held.discard("t3")
+        run.wait_until(lambda: run.books.admission.num_finished == 4)
+        time.sleep(0.03)
+        assert len(evaluated()) == 3 and not answers, "three held-out prompts at a time, whatever the groups do"
+        assert run.books.admission.num_running == 0, "held-out prompts take no group's place"
+        run.engine.held.clear()
+        evaluating.join(10)
+        assert answers[0].num_prompts == 4 and answers[0].version == 1
+        assert tickets(run.client.next_batch()) == [2, 3]
+
+
 # Failures
 
 

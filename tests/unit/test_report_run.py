@@ -27,6 +27,7 @@ from fastreason.report.panels import (
     token_scale,
 )
 from fastreason.report.run import describe_overlap, describe_run, overlap_efficiency, read_run, report_run
+from fastreason.report.run_page import newest_samples
 from fastreason.report.timeline import choose_window, draw_timeline, read_piece
 from fastreason.trace import Trace
 
@@ -135,6 +136,25 @@ def test_the_table_says_where_the_time_went(tmp_path):
     assert find["held-out accuracy"] == "0.100 (step 0), 0.400 (step 2)"
     assert find["restarts"] == "engine 2, producer 1" and find["dropped groups"] == "0"
     assert find["ledger"] == "none (no ledger.jsonl)" and find["picture"] == str(run / "report.png")
+    page = (run / "report.html").read_text()
+    assert find["page"] == str(run / "report.html") and ">wait 44%, train 50%" in page
+    assert "<td>2</td><td>0.2</td>" in page, "every step is in the table"
+
+
+def test_the_newest_responses_are_on_the_page(tmp_path):
+    run = write_run(tmp_path, [row(1)])
+    facts = {"reward": 1.0, "finish_reason": "stop", "num_tokens": 3, "correct": True, "prompt": "3 + 4?"}
+    lines = [
+        facts | {"step": step, "ticket": step, "prompt_id": "a", "completion": f"<b>{step}</b>"} for step in (1, 1, 2)
+    ]
+    written = "".join(json.dumps(line) + "\n" for line in lines) + '{"torn'
+    (run / "samples.jsonl").write_text(written)
+    assert [each["id"] for each in newest_samples(run)["problems"]] == ["2: a", "1: a"]
+    assert newest_samples(run)["problems"][1]["counts"] == [2]
+    assert [each["id"] for each in newest_samples(run, tail_bytes=len(written) // 2)["problems"]] == ["2: a"]
+    report_run(run, console=Console(file=io.StringIO()))
+    page = (run / "report.html").read_text()
+    assert "<b>" not in page and "\\u003cb\\u003e2" in page and ">2: a</button>" in page
 
 
 def test_a_run_that_is_still_going_is_reported(tmp_path):

@@ -105,7 +105,7 @@ def test_user_functions(user: str) -> None:
     ("name", "message"),
     [
         ("maths", "did you mean 'math'"),
-        ("nothing_like_it", "There are: math, reasoning_gym, format, reward_model"),
+        ("nothing_like_it", "There are: math, reasoning_gym, format, strict, reward_model"),
         ("no_such_module_here:f", "ModuleNotFoundError.*PYTHONPATH"),
         ("rewards_of_a_user:lenght", "did you mean 'length'"),
         ("rewards_of_a_user:constant", "is a int, not a function"),

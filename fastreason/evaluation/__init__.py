@@ -1,0 +1,1 @@
+"""`fastreason eval`: benchmarks, sampled and scored; and `fastreason regrade`."""

@@ -1,0 +1,155 @@
+r"""`fastreason report compare`: reads evaluations, draws, prints tables, and writes one folder with a page in it.
+
+OUT/index.html             everything, self-contained
+OUT/tables.md, tables.tex  all tables
+OUT/<benchmark>/*.png,svg  all pictures
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastreason.errors import ConfigError
+from fastreason.evaluation.rows import SAMPLES_FILE, EvalSample
+from fastreason.evaluation.tables import FORMATS, Grid, as_latex, as_markdown
+from fastreason.report.compare_pictures import CAPTIONS, PICTURES
+from fastreason.report.compare_tables import comparison_grids, problem_grid, problem_rows, score_grids
+from fastreason.report.comparison import Comparison, read_comparisons
+from fastreason.report.page import Page, Picture, Section, Table, figure_bytes, render_page
+from fastreason.report.training_curves import read_run_groups, training_picture
+
+PAGE_FILE = "index.html"
+MOST_CHARS = 20_000  # of a response on the page
+
+
+def report_compare(
+    folders: Sequence[Path],
+    out: Path,
+    runs: Sequence[Path] = (),
+    table_format: str = "table",
+    num_samples: int = 4,
+    n: int | None = None,
+) -> Path:
+    """Compare evaluations, the first as the base; prints the tables as `table_format` and returns the page's path.
+
+    `runs` are training runs to draw; those whose models were evaluated are found by themselves. `num_samples` responses of each
+    model to each problem go onto the page. Raises ConfigError and DataError as `read_comparisons` and `read_run_groups` do.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: it is a file. Give a folder; it is made where it is missing.")
+    if num_samples < 0:
+        raise ConfigError(f"--samples {num_samples}: it must be 0 or more.")
+    comparisons = read_comparisons(folders, n)
+    curves = training_section([*runs, *runs_of(comparisons)], out)
+    scores = score_grids(comparisons)
+    sections = [Section("Scores", notes=_notes(comparisons), tables=[Table(grid) for grid in scores])]
+    grids = list(scores)
+    for number, comparison in enumerate(comparisons):
+        pictures = write_pictures(comparison, out / comparison.name)
+        found = comparison_grids(comparison)
+        grids += found
+        sections.append(_section(comparison, number, found, pictures))
+    sections += [curves] if curves else []
+    labels = ", ".join(evaluation.label for evaluation in comparisons[0].evaluations)
+    samples = [sample_set(comparison, num_samples) for comparison in comparisons]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(map(as_markdown, grids)), encoding="utf-8")
+    (out / "tables.tex").write_text("\n".join(map(as_latex, grids)), encoding="utf-8")
+    (out / PAGE_FILE).write_text(render_page(Page(f"Comparison: {labels}", sections, samples)), encoding="utf-8")
+    print("\n".join(FORMATS[table_format](grid) for grid in grids))
+    return out / PAGE_FILE
+
+
+def write_pictures(comparison: Comparison, folder: Path) -> list[Picture]:
+    """Every picture of a comparison, written as PNG and SVG, and returned as SVG for the page."""
+    drawn = []
+    for name, draw in PICTURES.items():
+        figure = draw(comparison)
+        if figure is not None:
+            drawn.append(_write(figure, folder, name, CAPTIONS[name]))
+    return drawn
+
+
+def training_section(run_dirs: Sequence[Path], out: Path) -> Section | None:
+    """The curves of training runs as a section; None without runs."""
+    if not run_dirs:
+        return None
+    groups = read_run_groups(run_dirs)
+    figure = training_picture(groups)
+    caption = "training; bands are one standard deviation over seeds"
+    pictures = [_write(figure, out, "training", caption)] if figure else []
+    heads = ["runs", "number", "last step", "reward", "token entropy, nats", "KL to the initial model, nats"]
+    rows = []
+    for group in groups:
+        ends = [group.series(key)[-1:] for key in ("reward/mean", "loss/entropy", "kl/reference")]
+        cells = [f"{end[0][1]:.4f}" + (f" ± {end[0][2]:.4f}" if end[0][3] > 1 else "") if end else "-" for end in ends]
+        rows.append([group.label, str(len(group.runs)), str(max(rows[-1]["step"] for rows in group.runs)), *cells])
+    grid = Grid("At the last step, mean and deviation over seeds", heads, rows)
+    return Section("Training", tables=[Table(grid)], pictures=pictures)
+
+
+def sample_set(comparison: Comparison, num_samples: int) -> dict[str, Any]:
+    """The problems with some responses of each model, right and wrong ones in turn, as the page's script reads them."""
+    problems = []
+    for id in comparison.problems:
+        first = comparison.base.by_problem[id][0]
+        problems.append(
+            {
+                **{"id": id, "question": first.question, "gold": first.gold, "level": first.level},
+                "counts": [evaluation.counts[id] for evaluation in comparison.evaluations],
+                "samples": [
+                    [_shown(row) for row in chosen(evaluation.by_problem[id], num_samples)]
+                    for evaluation in comparison.evaluations
+                ],
+            }
+        )
+    return {
+        **{"title": comparison.title, "n": comparison.n, "problems": problems},
+        "labels": [evaluation.label for evaluation in comparison.evaluations],
+        "files": [str(evaluation.folder / SAMPLES_FILE) for evaluation in comparison.evaluations],
+    }
+
+
+def chosen(rows: Sequence[EvalSample], num: int) -> list[EvalSample]:
+    """At most `num` responses: a right one, a wrong one, and so on in turn, in the order of their numbers."""
+    right, wrong = ([row for row in rows if row.correct is verdict] for verdict in (True, False))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(right, wrong))
+    return sorted([row for row in turns if row is not None][:num], key=lambda row: row.sample)
+
+
+def _shown(row: EvalSample) -> dict[str, Any]:
+    cut = len(row.response) - MOST_CHARS
+    text = row.response if cut <= 0 else f"{row.response[:MOST_CHARS]}\n[{cut} more characters]"
+    facts = {"sample": row.sample, "right": row.correct, "strict": row.strict, "tokens": row.num_tokens}
+    return {**facts, "cut": row.truncated, "answer": row.answer, "error": row.error, "text": text}
+
+
+def _section(comparison: Comparison, number: int, grids: Sequence[Grid], pictures: Sequence[Picture]) -> Section:
+    places = {id: place for place, id in enumerate(comparison.problems)}
+    everything = problem_grid(comparison, most=None)
+    problems = Table(everything, number, [places[id] for _, id in problem_rows(comparison)])
+    tables = [Table(grid) for grid in grids if grid.title != everything.title]
+    return Section(comparison.title, tables=[*tables, problems], pictures=pictures)
+
+
+def _notes(comparisons: Sequence[Comparison]) -> list[str]:
+    base = comparisons[0].base.label
+    told = [f"The base is {base}: difficulty is the number of its right responses."]
+    return told + [f"{comparison.title}: {note}" for comparison in comparisons for note in comparison.notes]
+
+
+def runs_of(comparisons: Sequence[Comparison]) -> list[Path]:
+    """Folders of the training runs that made the evaluated models, where they are still there: RUN/model."""
+    paths = [Path(str(e.settings["model"]["path"])).parent for c in comparisons for e in c.evaluations]
+    return [
+        path for path in dict.fromkeys(paths) if (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
+    ]
+
+
+def _write(figure: Any, folder: Path, name: str, caption: str) -> Picture:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = figure_bytes(figure, "svg")
+    (folder / f"{name}.svg").write_bytes(content)
+    (folder / f"{name}.png").write_bytes(figure_bytes(figure, "png"))
+    return Picture(name, caption, content)
