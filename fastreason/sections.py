@@ -75,6 +75,17 @@ class ModelConfig(Section):
     rope_theta: float | None = Field(None, gt=0, description="edit of the model: base of its rotary positions")
 
 
+class LoraConfig(Section):
+    rank: int | None = Field(
+        None, ge=1, description="an adapter of this rank is trained beside the frozen model; null: the whole model is"
+    )
+    alpha: float = Field(32.0, gt=0, description="the adapter's product is scaled by alpha / rank")
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="linear layers that get one, e.g. [q_proj, v_proj]; null: all but the head"
+    )
+    head: bool = Field(False, description="the head gets one too; refused where it is the embedding")
+
+
 class DataConfig(Section):
     source: Literal["reasoning_gym", "file", "hub"] = Field(
         "reasoning_gym", description="a reasoning-gym task, a JSON Lines / parquet file, or a Hugging Face data set"
@@ -406,6 +417,7 @@ class Config(Section):
 
     run: RunConfig = Field(default_factory=lambda: RunConfig())
     model: ModelConfig
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
