@@ -122,7 +122,7 @@ def is_trained_in_part(module: nn.Module) -> bool:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """The model as it was without the adapter, as long as the context lasts; nothing is differentiated in it."""
-    layers = [module for module in model.modules() if hasattr(module, "enable_adapters")]
+    layers: list[Any] = [module for module in model.modules() if is_adapted(module) or hasattr(module, "pair")]
     for layer in layers:
         layer.enable_adapters(False)
     try:

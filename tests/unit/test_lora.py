@@ -184,7 +184,7 @@ def test_what_cannot_be_had_is_refused_before_anything_loads(tmp_path, monkeypat
 
 def test_a_divergence_from_the_start_is_refused_where_weights_are_divided(tmp_path):
     (tmp_path / "c.yaml").write_text(
-        "model: {path: m}\ntrain: {steps: 1, prompts_per_step: 1}\nalgorithm: {kl_coef: 0.1}\n"
+        "model: {path: m}\ndata: {task: chain_sum}\ntrain: {steps: 1, prompts_per_step: 1}\nalgorithm: {kl_coef: 0.1}\n"
     )
     for estimator, stage in (("exact", 3), ("exact", 2), ("k2", 3)):
         config = load_config(
@@ -201,7 +201,9 @@ def test_a_divergence_from_the_start_is_refused_where_weights_are_divided(tmp_pa
 
 @pytest.mark.parametrize("wrong", ["rank=0", "alpha=0", "targets=[]", "dropout=0.1"])
 def test_wrong_values_are_named_with_their_key(tmp_path, wrong):
-    (tmp_path / "c.yaml").write_text("model: {path: m}\ntrain: {steps: 1, prompts_per_step: 1}\n")
+    (tmp_path / "c.yaml").write_text(
+        "model: {path: m}\ndata: {task: chain_sum}\ntrain: {steps: 1, prompts_per_step: 1}\n"
+    )
     with pytest.raises(ConfigError, match=rf"lora\.{wrong.split('=')[0]}"):
         load_config(tmp_path / "c.yaml", ["lora.rank=4", f"lora.{wrong}"])
 
