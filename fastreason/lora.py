@@ -132,19 +132,27 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+Spread = Callable[[Tensor, int], None]
+
+
 @torch.no_grad()
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, number: int = 0, spread: Spread | None = None) -> Tensor:
     """weight + scale b a, in the dtype of weight [V, D], a new tensor; a [r, D], b [V, r].
 
     In fp32 to the last bit what peft's merge_and_unload makes. In bf16 it is rounded once, from fp32; peft rounds the product
-    first.
+    first. Either way a product below half of what bf16 resolves would be lost, in all of its elements alike: so `spread` puts
+    each fp32 weight, the same every time, anywhere in the cell that rounds to it, and the sum moves by the product in the mean.
+    number: of the weight in its model.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.add(weight.to(dtype), b.to(dtype) @ a.to(dtype) * scale).to(weight.dtype)
+    whole = weight.to(dtype, copy=True)
+    if spread is not None and weight.dtype == torch.bfloat16:
+        spread(whole, number)
+    return whole.add_(b.to(dtype) @ a.to(dtype) * scale).to(weight.dtype)
 
 
-def merged_weights(model: nn.Module) -> list[Weight]:
-    """Every weight of a model, with or without an adapter, under its name without one; a tied one once."""
+def merged_weights(model: nn.Module, spread: Spread | None = None) -> list[Weight]:
+    """Every weight of a model, with or without an adapter, under its name without one; a tied one once. spread: of `merged`."""
     adapted = {
         f"{name}.base_layer.weight": factors(module) for name, module in model.named_modules() if is_adapted(module)
     }
@@ -159,7 +167,8 @@ def merged_weights(model: nn.Module) -> list[Weight]:
         if pair is None:
             found.append(Weight(plain, [parameter], parameter.detach))
         else:
-            found.append(Weight(plain, [parameter, *pair[:2]], partial(merged, parameter, *pair)))
+            make = partial(merged, parameter, *pair, number=len(found), spread=spread)
+            found.append(Weight(plain, [parameter, *pair[:2]], make))
     return found
 
 

@@ -365,7 +365,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
     dither: bool = Field(
         default=True,
-        description="bfloat16: fp32 master weights start anywhere in the cell that rounds to the weight, not in its middle",
+        description="bfloat16: fp32 masters, and weights to merge an adapter into, start anywhere in what rounds to them",
     )
     micro_batch_tokens: int = Field(
         8192, ge=1, description="tokens (padding included) per forward and backward, per rank"

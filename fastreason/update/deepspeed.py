@@ -28,7 +28,7 @@ from fastreason.lora import Weight, adapter_weights, is_trained_in_part, merged_
 from fastreason.losses.preference import PairSpec
 from fastreason.packing import MicroBatch
 from fastreason.policy import LossSpec, policy_spec, score_batch
-from fastreason.update.dither import dither_
+from fastreason.update.dither import dither_, spread
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
@@ -218,7 +218,7 @@ class DeepSpeedUpdater(Trained):
         return replace(result, outputs=outputs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._gather(merged_weights(self.engine.module.model))
+        yield from self._gather(merged_weights(self.engine.module.model, spread if self._train.dither else None))
 
     def adapter(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._gather(adapter_weights(self.engine.module.model))

@@ -9,7 +9,7 @@ from fastreason import cli
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 
-def test_an_adapter_is_trained_published_saved_and_resumed(train_run, tiny_model, capsys):
+def test_an_adapter_is_trained_published_saved_and_resumed(train_run, tiny_model, capsys, monkeypatch):
     from peft import PeftModel
 
     run = train_run(
@@ -36,6 +36,7 @@ def test_an_adapter_is_trained_published_saved_and_resumed(train_run, tiny_model
         assert moved == {"q_proj", "down_proj"}
 
     check_saved()
+    monkeypatch.syspath_prepend(str(run.folder))  # its reward
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(run.run_dir), "train.steps=3", "lora.rank=8"]) == 2
     assert "Leave section lora as it was" in capsys.readouterr().err

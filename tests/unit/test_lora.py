@@ -18,6 +18,7 @@ from fastreason.losses import LOSSES
 from fastreason.packing import Row, collate
 from fastreason.policy import load_policy
 from fastreason.preflight import check_reference
+from fastreason.update.dither import spread
 
 SPEC, CPU = LOSSES["clip"], torch.device("cpu")
 BODY = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -103,6 +104,28 @@ def test_in_bf16_it_is_peft_s_merge_but_for_one_rounding(tmp_path):
         assert found[name].dtype == torch.bfloat16
         # peft rounds the product before it adds it: at most half a unit of each, and the sum may then fall to the neighbour.
         torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2**-7, atol=2**-9, msg=name)
+
+
+def test_a_young_adapter_reaches_bf16_weights(tmp_path):
+    """A product of a tenth of what bf16 resolves: mostly rounded away without the dither, there in the mean with it."""
+    folder = save_model(tmp_path / "m", dtype=torch.bfloat16)
+    policy, start = load(folder, "bfloat16", moved=False), load_file(folder / "model.safetensors")
+    assert all(torch.equal(t, start[name]) for name, t in made(merged_weights(policy.model, spread)).items())
+    with torch.no_grad():
+        for layer in filter(module.is_adapted, policy.model.modules()):
+            a, b, _ = module.factors(layer)
+            a.fill_(0.25)
+            b.fill_(5e-5)  # x 4 x 1.5: 7.5e-5, while weights of 0.1 to 0.2 are 4.9e-4 to 9.8e-4 apart
+    found = {how: made(merged_weights(policy.model, how)) for how in (None, spread)}
+    moved = {
+        how: torch.cat([(state[n].float() - t.float()).flatten() for n, t in start.items() if "proj" in n])
+        .mean()
+        .item()
+        for how, state in found.items()
+    }
+    assert moved[spread] == pytest.approx(7.5e-5, rel=0.1) and moved[None] < 2e-5
+    again = made(merged_weights(policy.model, spread))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in found[spread].items())
 
 
 @pytest.mark.parametrize("head", [False, True])
