@@ -57,7 +57,7 @@ class FusedHead(nn.Module):
 
     def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: LossSpec | None, temperature: float) -> Any:
         if spec is None:
-            head = {"bias": self.bias, "lora": self._lora}
+            head: dict[str, Any] = {"bias": self.bias, "lora": self._lora}
             return linear_logprob(hidden_ND, self.weight, batch.ids_N, **head, temperature=temperature)
         if isinstance(spec, PairSpec):
             return self._pairs(hidden_ND, batch, spec, temperature)
@@ -81,7 +81,7 @@ class FusedHead(nn.Module):
 
     def _pairs(self, hidden_ND: Tensor, batch: MicroBatch, spec: PairSpec, temperature: float) -> PolicyLossOutput:
         """A loss of pairs: the rows of the batch are chosen and rejected in turn."""
-        head = {"bias": self.bias, "lora": self._lora}
+        head: dict[str, Any] = {"bias": self.bias, "lora": self._lora}
         logp_N, entropy_N, _ = linear_logprob(
             hidden_ND, self.weight, batch.ids_N, **head, temperature=temperature, entropy_grad=False
         )
