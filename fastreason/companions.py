@@ -7,7 +7,7 @@ told), and how their weights lie on the ranks. It refuses to decide what they ar
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from fastreason.algorithms import ResolvedAlgorithm, resolve_algorithm
 from fastreason.config import Config, ModelConfig, num_updates
 from fastreason.critic import Critic, load_value_model
 from fastreason.errors import ModelError
-from fastreason.frozen import FrozenModel, load_frozen
+from fastreason.frozen import AdapterOff, FrozenModel, load_frozen
 from fastreason.models import max_model_len, read_model_config, resolve_model
 from fastreason.session import Session
 from fastreason.vocabulary import check_same_vocabulary
@@ -91,11 +91,17 @@ def compares_with_teacher(algorithm: ResolvedAlgorithm) -> bool:
 
 
 def load_target(
-    session: Session, config: Config, algorithm: ResolvedAlgorithm, device: torch.device, num_columns: int
+    session: Session,
+    config: Config,
+    algorithm: ResolvedAlgorithm,
+    device: torch.device,
+    num_columns: int,
+    updater: Any = None,
 ) -> FrozenModel | None:
     """The frozen model that KL terms and pairs compare with, or None; under ZeRO-3 divided among the ranks.
 
-    A KL term whose coefficient is 0 has it loaded too: its figures are wanted then.
+    Where `updater`, a DeepSpeedUpdater, trains an adapter, the initial model is its own without it. A KL term whose coefficient
+    is 0 has it loaded too: its figures are wanted then.
     """
     model, name, key, folder = config.model, "reference", "model.path", session.model_dir
     if compares_with_teacher(algorithm):
@@ -105,6 +111,8 @@ def load_target(
         model, name, key, folder = teacher_model(config), "teacher", "teacher.path", session.teacher_dir
     elif algorithm.kl.estimator == "none" and not algorithm.pairs:
         return None
+    elif config.lora.rank is not None:
+        return FrozenModel(AdapterOff(updater.engine.module, updater.engine), device, name)
     with described_by(key):
         scorer = load_frozen(Path(folder), model, device, session.attention, session.liger, num_columns)
     if config.train.zero_stage < 3:

@@ -238,7 +238,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     torch.manual_seed(config.run.seed)
     algorithm = resolve_algorithm(config)
     policy = load_policy(
-        Path(session.model_dir), config.model, str(device), attention=session.attention, liger=session.liger
+        Path(session.model_dir), config.model, str(device), session.attention, session.liger, config.lora
     )
     num_columns = policy.head.weight.shape[0]
     updater = DeepSpeedUpdater(policy, config.train, config.model.dtype, num_updates(config))
@@ -258,7 +258,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         pad_token_id=policy.model.config.pad_token_id or 0,
         stop_requested=stop,
         resume_from=resume_from,
-        target=load_target(session, config, algorithm, device, num_columns),
+        target=load_target(session, config, algorithm, device, num_columns, updater),
         critic=load_critic(session, config, device) if algorithm.critic else None,
         silent=frozenset(session.silent_ids),
     )
@@ -280,6 +280,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         if parts.progress is not None:
             parts.progress.update("save model", step=loop.step)
         save_model(updater, Path(session.model_dir), run_dir / "model", dtype)
+        save_adapter_of(updater, config, run_dir)
     ranks.barrier()
     if ranks.is_first:
         write_run_summary(run_dir, config, loop)
@@ -290,6 +291,17 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         client.stop()
     saved = store.complete()
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
+
+
+def save_adapter_of(updater: Any, config: Config, run_dir: Path) -> None:
+    """Write what a run with an adapter has trained as a folder of its own, beside the merged model; on all ranks."""
+    if config.lora.rank is None:
+        return
+    from fastreason.lora import save_adapter
+
+    tensors = list(updater.adapter())
+    if updater.rank == 0:
+        save_adapter(tensors, updater.engine.module.model, config.model.path, run_dir / "adapter")
 
 
 def make_publisher(session: Session, config: Config, device: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastreason.compose import collective_timeout_s, prepare_device, versions
+from fastreason.compose import collective_timeout_s, prepare_device, save_adapter_of, versions
 from fastreason.config import Config, num_updates
 from fastreason.data.traces import TraceOrder, Traces, num_examples
 from fastreason.metrics import MetricsLog, Progress, write_summary
@@ -37,7 +37,7 @@ def run_offline(session: Session, config: Config) -> Outcome:
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
     objective, traces = resolve_objective(config), Traces(run_dir / TRACES)
-    policy = load_policy(model_dir, config.model, str(device), attention=session.attention, liger=session.liger)
+    policy = load_policy(model_dir, config.model, str(device), session.attention, session.liger, config.lora)
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     epochs = config.offline.epochs
     parts = OfflineParts(
@@ -78,6 +78,7 @@ def run_offline(session: Session, config: Config) -> Outcome:
             parts.progress.update("save model", step=loop.step)
         dtype, end = getattr(torch, config.model.dtype), traces.report.end_token_id
         save_model(parts.updater, model_dir, run_dir / "model", dtype, end)
+        save_adapter_of(parts.updater, config, run_dir)
     parts.ranks.barrier()
     if parts.metrics is not None:
         write_summary(run_dir / "summary.json", summary_of(loop, run_dir))

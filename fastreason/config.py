@@ -20,6 +20,7 @@ from fastreason.sections import (
     DataConfig,
     EvalConfig,
     LogConfig,
+    LoraConfig,
     ModelConfig,
     OfflineConfig,
     RewardConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LogConfig",
+    "LoraConfig",
     "ModelConfig",
     "OfflineConfig",
     "RewardConfig",
@@ -269,6 +271,11 @@ def batch_derivation(config: Config) -> list[str]:
     ranks = (
         f"ranks: {train.ranks} x micro-batches of at most {train.micro_batch_tokens} tokens, ZeRO-{train.zero_stage}"
     )
+    if config.lora.rank is not None:
+        layers = "all linear layers" if config.lora.targets is None else ", ".join(config.lora.targets)
+        head = " and the head" if config.lora.head else ""
+        scale = f"alpha {config.lora.alpha:g}"
+        ranks += f"; the model is frozen, an adapter of rank {config.lora.rank}, {scale}, on {layers}{head} is trained"
     if config.offline.objective is not None:
         epochs = "" if config.offline.epochs is None else f" ({config.offline.epochs:g} epoch(s))"
         steps = train.steps or "as many as the rows make"

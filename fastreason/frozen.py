@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastreason_kernels import PolicyLossSpec, linear_divergence
+from fastreason_kernels import LoraHead, PolicyLossSpec, linear_divergence
 from fastreason_kernels.gemm import product
 from torch import Tensor, nn
 
 from fastreason.config import ModelConfig
 from fastreason.errors import ModelError
+from fastreason.lora import adapter_off
 from fastreason.packing import MicroBatch
 from fastreason.policy import Policy, fused_loss, load_policy, policy_spec, response_states, score_batch
 
@@ -63,6 +64,23 @@ class FrozenHead(nn.Module):
         return fused_loss(hidden_ND, *self.columns(), score_batch(batch), policy_spec(batch, spec), temperature).logp
 
 
+class AdapterOff:
+    """In the place of a `FrozenScorer`: a policy with an adapter as it was before it had one, without a copy of its weights.
+
+    run: calls the policy (its engine, where ZeRO-3 divides the weights).
+    """
+
+    def __init__(self, policy: Policy, run: Callable[..., Any] | None = None) -> None:
+        self._policy, self._run = policy, run or policy
+        self.head = FrozenHead(policy.head, None)
+
+    def __call__(self, batch: MicroBatch, spec: PolicyLossSpec | None = None, temperature: float = 1.0) -> Tensor:
+        with adapter_off(self._policy):
+            if spec is None:
+                return self._policy.hidden(batch)
+            return self._run(score_batch(batch), policy_spec(batch, spec), temperature).logp
+
+
 class FrozenModel:
     """A model to compare with; every method is called on all ranks alike.
 
@@ -71,7 +89,7 @@ class FrozenModel:
 
     def __init__(
         self,
-        scorer: FrozenScorer,
+        scorer: FrozenScorer | AdapterOff,
         device: torch.device,
         name: str = "reference",
         run: Callable[..., Any] | None = None,
@@ -126,7 +144,13 @@ class HeadDivergence:
     top_k: int | None = None
 
     def __call__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: MicroBatch, temperature: float
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        batch: MicroBatch,
+        temperature: float,
+        lora: LoraHead | None = None,
     ) -> tuple[Tensor, Tensor]:
         teacher_NE = self.teacher.hidden(batch)
         token_weight_N = batch.token_weight_N if batch.kl_weight_N is None else batch.token_weight_N * batch.kl_weight_N
@@ -146,6 +170,7 @@ class HeadDivergence:
                 token_weight=token_weight_N,
                 bias=bias_V,
                 temperature=temperature,
+                lora=lora,
             )
         return output.loss_sum, output.divergence
 

@@ -146,6 +146,10 @@ def _folders(
     from fastreason.exchange import ExchangeFolder
 
     model_dir = resolve_model(config.model)
+    if config.lora.rank is not None and not Path(config.model.path).is_dir():  # else it has been checked
+        from fastreason.lora import check_lora
+
+        check_lora(config.lora, config.model, model_dir)
     offline, beside = config.offline.objective is not None, {}
     if not offline:
         from fastreason.companions import resolve_companions
@@ -316,6 +320,8 @@ def _finish(config: Config, run_dir: Path, figures: dict[str, Any]) -> None:
         files["reward curve"] = draw_reward_curve(run_dir)
     if (run_dir / "model").is_dir():
         files["trained model"] = run_dir / "model"
+    if (run_dir / "adapter").is_dir():
+        files["its adapter"] = run_dir / "adapter"
     evals = {name: msgspec.convert(value, EvalResult) for name, value in summary["evals"].items()}
     final_table(evals.get("before"), evals.get("after"), files)
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastreason_kernels import PolicyLossOutput, PolicyLossSpec, linear_logprob, linear_policy_loss
+from fastreason_kernels import LoraHead, PolicyLossOutput, PolicyLossSpec, linear_logprob, linear_policy_loss
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastreason.config import ModelConfig
+from fastreason.config import LoraConfig, ModelConfig
 from fastreason.errors import ConfigError, ModelError
+from fastreason.lora import add_adapter, split_head
 from fastreason.losses.preference import PairSpec, pair_loss
 from fastreason.packing import Layout, MicroBatch
 
@@ -31,30 +32,58 @@ UNSUPPORTED_HEAD_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_sca
 
 
 class FusedHead(nn.Module):
-    """The LM head as an op: holds the weight (tied or not) and never returns logits."""
+    """The LM head as an op: holds the weight (tied or not), and an adapter where it has one; never returns logits."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, lora: LoraHead | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        # Parameters of this module, so that ZeRO-3 gathers them where they are used.
+        self.lora_a, self.lora_b, self._scale = lora or (None, None, 1.0)
+        self._adapts = True
+
+    @property
+    def pair(self) -> LoraHead | None:
+        """The adapter's factors, also while it is off."""
+        return None if self.lora_a is None else LoraHead(self.lora_a, self.lora_b, self._scale)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As peft's layers do; see `lora.adapter_off`."""
+        self._adapts = enabled
+
+    @property
+    def _lora(self) -> LoraHead | None:
+        return self.pair if self._adapts else None
 
     def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: LossSpec | None, temperature: float) -> Any:
         if spec is None:
-            return linear_logprob(hidden_ND, self.weight, batch.ids_N, bias=self.bias, temperature=temperature)
+            head: dict[str, Any] = {"bias": self.bias, "lora": self._lora}
+            return linear_logprob(hidden_ND, self.weight, batch.ids_N, **head, temperature=temperature)
         if isinstance(spec, PairSpec):
             return self._pairs(hidden_ND, batch, spec, temperature)
-        output = fused_loss(hidden_ND, self.weight, self.bias, batch, policy_spec(batch, spec), temperature)
+        output = self._loss(hidden_ND, batch, policy_spec(batch, spec), temperature)
         if batch.kl_weight_N is not None and spec.kl_coef:
             output = _plus(output, *self._masked_kl(hidden_ND, batch, spec, temperature))
         if batch.divergence is not None:
-            loss_sum, kl_N = batch.divergence(hidden_ND, self.weight, self.bias, batch, temperature)
+            loss_sum, kl_N = batch.divergence(hidden_ND, self.weight, self.bias, batch, temperature, self._lora)
             output = _plus(output, batch.divergence.coef * loss_sum, kl_N)
         return output
 
+    def _loss(
+        self,
+        hidden_ND: Tensor,
+        batch: MicroBatch,
+        spec: PolicyLossSpec,
+        temperature: float,
+        mask_N: Tensor | None = None,
+    ) -> PolicyLossOutput:
+        return fused_loss(hidden_ND, self.weight, self.bias, batch, spec, temperature, mask_N, self._lora)
+
     def _pairs(self, hidden_ND: Tensor, batch: MicroBatch, spec: PairSpec, temperature: float) -> PolicyLossOutput:
         """A loss of pairs: the rows of the batch are chosen and rejected in turn."""
+        head: dict[str, Any] = {"bias": self.bias, "lora": self._lora}
         logp_N, entropy_N, _ = linear_logprob(
-            hidden_ND, self.weight, batch.ids_N, bias=self.bias, temperature=temperature, entropy_grad=False
+            hidden_ND, self.weight, batch.ids_N, **head, temperature=temperature, entropy_grad=False
         )
         # Sums of thousands of tokens: fp32 would round away what one pair differs by.
         zeros_B = torch.zeros(batch.num_rows, dtype=torch.float64, device=logp_N.device)
@@ -80,9 +109,9 @@ class FusedHead(nn.Module):
         elif spec.weighs_sequences:
             # The weight of a sequence is that of all of its tokens: those without a KL term stay in, and count 0.
             alone.token_weight_N = batch.token_weight_N * mask_N
-            term = fused_loss(hidden_ND, self.weight, self.bias, alone, kl_spec, temperature)
+            term = self._loss(hidden_ND, alone, kl_spec, temperature)
             return term.loss_sum, term.kl.masked_fill(~mask_N, 0.0)
-        term = fused_loss(hidden_ND, self.weight, self.bias, alone, kl_spec, temperature, mask_N)
+        term = self._loss(hidden_ND, alone, kl_spec, temperature, mask_N)
         return term.loss_sum, term.kl
 
 
@@ -94,6 +123,7 @@ def fused_loss(
     spec: PolicyLossSpec,
     temperature: float,
     mask_N: Tensor | None = None,
+    lora: LoraHead | None = None,
 ) -> PolicyLossOutput:
     """The policy loss of a micro-batch's response tokens, from the hidden states that predict them and a head."""
     return linear_policy_loss(
@@ -110,6 +140,7 @@ def fused_loss(
         sequence_ids=batch.sequence_N,
         bias=bias_V,
         temperature=temperature,
+        lora=lora,
     )
 
 
@@ -140,8 +171,8 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        head = model.get_output_embeddings()
-        fused = FusedHead(head.weight, getattr(head, "bias", None))
+        head, pair = split_head(model.get_output_embeddings())
+        fused = FusedHead(head.weight, getattr(head, "bias", None), pair)
         model.set_output_embeddings(fused)
         self.model = model
         self.head = fused
@@ -245,10 +276,13 @@ def without_dropout(config: Any) -> list[str]:
     return found
 
 
-def load_policy(folder: Path, config: ModelConfig, device: str, attention: str, liger: bool) -> Policy:
+def load_policy(
+    folder: Path, config: ModelConfig, device: str, attention: str, liger: bool, lora: LoraConfig | None = None
+) -> Policy:
     """Load a causal LM from a local folder as a Policy in training mode on `device`, without its dropout.
 
-    Raises ModelError where the folder cannot be loaded or the head computes something that the fused head does not.
+    lora: with a rank, the model is frozen and gets an adapter. Raises ModelError where the folder cannot be loaded or the head
+    computes something that the fused head does not, ConfigError where an adapter cannot be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -277,6 +311,8 @@ def load_policy(folder: Path, config: ModelConfig, device: str, attention: str, 
         log.info("%s is trained without its dropout: %s", folder, ", ".join(dropped))
     if liger:
         apply_liger(model)
+    if lora is not None and lora.rank is not None:
+        add_adapter(model, lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model.to(device)).train()

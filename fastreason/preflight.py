@@ -4,13 +4,16 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastreason.config import Config, batch_derivation
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
 from fastreason.machine import has_bf16_products
 from fastreason.models import max_model_len, model_folder, read_model_config
+
+if TYPE_CHECKING:
+    from fastreason.algorithms import ResolvedAlgorithm
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[s
     device = choose_device(config.train.device)
     offline = config.offline.objective is not None
     unchecked = check_offline_run(config, prepared) if offline else check_online_run(config, device)
+    check_adapter(config)
     train = config.train
     for key, cores in (
         ("rollout.cores", config.rollout.cores),
@@ -68,7 +72,7 @@ def check_online_run(config: Config, device: str) -> list[str]:
     from fastreason.rewards import resolve_rewards
     from fastreason.transport import check_transport
 
-    resolve_algorithm(config)
+    check_reference(resolve_algorithm(config), config)
     check_transport(config, device)
     resolve_rewards(config.reward)
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -96,6 +100,25 @@ def check_offline_run(config: Config, prepared: bool = False) -> list[str]:
     if Path(config.model.path).is_dir():
         longest_sequence(config, read_model_config(config.model.path))
     return unchecked
+
+
+def check_adapter(config: Config) -> None:
+    """Raise ConfigError where section lora cannot be met, as far as the model's folder is known."""
+    from fastreason.lora import check_lora
+
+    folder = Path(config.model.path)
+    check_lora(config.lora, config.model, folder if folder.is_dir() else None)
+
+
+def check_reference(algorithm: "ResolvedAlgorithm", config: Config) -> None:
+    """Raise ConfigError where a KL to the initial model would need it whole amid the forward of its adapter."""
+    term = algorithm.kl
+    whole = term.estimator in ("exact", "top_k") and term.target == "reference"
+    if config.lora.rank is not None and whole and config.train.zero_stage == 3:
+        raise ConfigError(
+            f"algorithm.kl={term.estimator} with lora.rank={config.lora.rank} and train.zero_stage=3: the reference is the "
+            "model itself, and its weights are gathered for one forward at a time. Use train.zero_stage=2, or algorithm.kl=k2."
+        )
 
 
 def decide_attention(config: Config, device: str, line_tokens: int) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastreason.checkpoint import CheckpointStore, TrainerState, read_producer_state
-from fastreason.config import Config
+from fastreason.config import Config, load_config
 from fastreason.errors import ConfigError
 from fastreason.ledger import LEDGER_FILE
 from fastreason.metrics import METRICS_FILE, read_summary
@@ -21,6 +21,12 @@ def starting_point(config: Config, run_dir: Path, only: str | None) -> tuple[Pat
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     begins = not store.complete() and not read_summary(run_dir).get("finished")
     path, state = (None, START) if begins else store.latest()
+    began = load_config(run_dir / "config.yaml").lora
+    if path is not None and config.lora != began:
+        raise ConfigError(
+            f"--resume {run_dir}: its checkpoint holds what was trained with lora={began.model_dump()}, not "
+            f"{config.lora.model_dump()}. Leave section lora as it was, or start a new run from its model."
+        )
     offline = config.offline.objective is not None
     if state.step > config.train.steps or (state.step == config.train.steps and is_done(config, run_dir)):
         from fastreason.offline_data import how_to_train_on

@@ -75,6 +75,17 @@ class ModelConfig(Section):
     rope_theta: float | None = Field(None, gt=0, description="edit of the model: base of its rotary positions")
 
 
+class LoraConfig(Section):
+    rank: int | None = Field(
+        None, ge=1, description="an adapter of this rank is trained beside the frozen model; null: the whole model is"
+    )
+    alpha: float = Field(32.0, gt=0, description="the adapter's product is scaled by alpha / rank")
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="linear layers that get one, e.g. [q_proj, v_proj]; null: all but the head"
+    )
+    head: bool = Field(False, description="the head gets one too; refused where it is the embedding")
+
+
 class DataConfig(Section):
     source: Literal["reasoning_gym", "file", "hub"] = Field(
         "reasoning_gym", description="a reasoning-gym task, a JSON Lines / parquet file, or a Hugging Face data set"
@@ -357,7 +368,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
     dither: bool = Field(
         default=True,
-        description="bfloat16: fp32 master weights start anywhere in the cell that rounds to the weight, not in its middle",
+        description="bfloat16: fp32 masters, and weights to merge an adapter into, start anywhere in what rounds to them",
     )
     micro_batch_tokens: int = Field(
         8192, ge=1, description="tokens (padding included) per forward and backward, per rank"
@@ -410,6 +421,7 @@ class Config(Section):
 
     run: RunConfig = Field(default_factory=lambda: RunConfig())
     model: ModelConfig
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from fastreason.config import TrainConfig
 from fastreason.critic import ValueLoss
+from fastreason.lora import Weight, adapter_weights, is_trained_in_part, merged_weights
 from fastreason.losses.preference import PairSpec
 from fastreason.packing import MicroBatch
 from fastreason.policy import LossSpec, policy_spec, score_batch
-from fastreason.update.dither import dither_
+from fastreason.update.dither import dither_, spread
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
@@ -111,6 +112,9 @@ class Trained:
             model=module, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks, num_parameters)
         )
         self._device = device
+        self._in_part = is_trained_in_part(module)
+        if self._in_part:
+            module.register_state_dict_post_hook(drop_frozen)
         self._unwrapped = self.engine.optimizer is optimizer
         if train.dither and dtype == "bfloat16":
             self._dither()
@@ -173,12 +177,17 @@ class Trained:
         return norm
 
     def save(self, folder: Path) -> None:
+        # What rests is not saved: it is in the model's folder.
         self.engine.save_checkpoint(
-            str(folder), tag="state", client_state={"num_done": self.num_done}, save_latest=False
+            str(folder),
+            tag="state",
+            client_state={"num_done": self.num_done},
+            save_latest=False,
+            exclude_frozen_parameters=self._in_part,
         )
 
     def load(self, folder: Path) -> None:
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="state")
+        path, client_state = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=not self._in_part)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
         self.num_done = client_state["num_done"]
@@ -209,21 +218,20 @@ class DeepSpeedUpdater(Trained):
         return replace(result, outputs=outputs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        seen: set[int] = set()
-        named = []
-        for name, parameter in self.engine.module.model.named_parameters():
-            # A tied head is the embedding under a second name: absent from a checkpoint, so absent here.
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                named.append((name, parameter))
+        yield from self._gather(merged_weights(self.engine.module.model, spread if self._train.dither else None))
+
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._gather(adapter_weights(self.engine.module.model))
+
+    def _gather(self, weights: list[Weight]) -> Iterator[tuple[str, Tensor]]:
         if self._train.zero_stage < 3:
             if self.rank == 0:
-                for name, parameter in named:
-                    yield name, parameter.detach().cpu()
+                for weight in weights:
+                    yield weight.name, weight.make().cpu()
             return
-        for bucket in _buckets(named):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                whole = [(name, p.detach().cpu().clone()) for name, p in bucket] if self.rank == 0 else []
+        for bucket in _buckets(weights):
+            with deepspeed.zero.GatheredParameters([p for weight in bucket for p in weight.parameters]):
+                whole = [(weight.name, weight.make().cpu().clone()) for weight in bucket] if self.rank == 0 else []
             yield from whole
 
 
@@ -255,25 +263,33 @@ def divided_scorer(
 
 
 def decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices decay, vectors (norms, biases) do not."""
+    """Parameter groups of what is trained: matrices decay, vectors (norms, biases) do not."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter in policy.parameters():
+    for parameter in filter(lambda each: each.requires_grad, policy.parameters()):
         # Under ZeRO-3 a partitioned parameter is empty; its true shape is in ds_shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) >= 2 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]  # an adapter has no vectors
 
 
-def _buckets(named: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Any]]]:
-    bucket: list[tuple[str, Any]] = []
+def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook that leaves what is not trained out of a module's state, under each of its names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
+def _buckets(weights: list[Weight]) -> Iterator[list[Weight]]:
+    bucket: list[Weight] = []
     size = 0
-    for name, parameter in named:
-        num_bytes = math.prod(getattr(parameter, "ds_shape", parameter.shape)) * parameter.element_size()
+    for weight in weights:
+        num_bytes = sum(math.prod(getattr(p, "ds_shape", p.shape)) * p.element_size() for p in weight.parameters)
         if bucket and size + num_bytes > GATHER_BYTES:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
+        bucket.append(weight)
         size += num_bytes
     if bucket:
         yield bucket

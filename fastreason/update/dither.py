@@ -1,9 +1,9 @@
-"""Where fp32 master weights start. It owns one function and knows neither models nor engines.
+"""Where fp32 weights lie in the cells that round to them. It owns how they are spread, and knows neither models nor engines.
 
 A model is loaded from bf16 weights, so its fp32 masters start in the middle of the cells that round to them, and updates that
 sum to less than half a cell change nothing that a forward sees: at a learning rate of 3e-5 a first update moves no weight
 above 0.008. Started anywhere in its cell, a weight crosses with probability (update / cell), so that what the forward sees
-moves by the update in the mean, from the first one on.
+moves by the update in the mean, from the first one on. The same holds of bf16 weights that an adapter's product is merged into.
 """
 
 import torch
@@ -26,3 +26,8 @@ def dither_(weights: Tensor, generator: torch.Generator) -> None:
         moved = noise.add_(chunk)
         kept = (moved.bfloat16().float() == chunk) & (chunk != 0)
         chunk.copy_(torch.where(kept, moved, chunk))
+
+
+def spread(weights: Tensor, number: int) -> None:
+    """`dither_` with a seed made of the weights' number, so that one publication differs from the next by the update alone."""
+    dither_(weights, torch.Generator(weights.device).manual_seed(number))

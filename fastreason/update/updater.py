@@ -50,7 +50,10 @@ class Updater(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its Hugging Face name, whole, on the CPU; tensors are yielded on rank 0 only."""
+        """Every weight by its Hugging Face name, whole, on the CPU; tensors are yielded on rank 0 only.
+
+        Of a model with an adapter: merged, under the names of the model without one.
+        """
         ...
 
     def save(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import secret_search
 
 from fastreason.config import load_config
 from fastreason.cores import available_cores
@@ -146,19 +147,31 @@ def cores_by_side(run: Any) -> dict[str, set[tuple[int, ...]]]:
     return found
 
 
-def test_two_ranks_with_a_double_buffer_and_zero_3_on_cores_of_their_own(train_run):
+def test_two_ranks_with_a_double_buffer_and_zero_3_on_cores_of_their_own_tell_no_key(train_run):
     first, last = available_cores()[0], available_cores()[-1]
     run = train_run(
         rollout={"max_staleness": 1, "cores": first},
         train={"ranks": 2, "zero_stage": 3, "steps": 4, "prompts_per_update": 3, "cores": last},
+        checkpoint={"every": 4},
+        log={"trace": True},
     )
+    run.environment |= secret_search.USER_KEYS
     run.start()
     words = ("fake_server",), ("_process", "producer"), ("run_grader",), ("-u", "_process", "trainer")
     run.until(
         lambda: [len(run.find(*one)) for one in words] == [1, 1, 1, 2], what="an engine, a producer, a grader, ranks"
     )
     assert cores_by_side(run) == {"rollout": {(first,)}, "trainer": {(last,)}}
+    secrets = [secret_search.engine_key(run), *secret_search.USER_KEYS.values()]
+    assert all(len(secret) > 20 for secret in secrets)
+    assert secret_search.processes_that_tell(run, secrets) == []
+    assert secret_search.files_that_tell([run.folder, run.tmp], secrets) == []
+    assert secret_search.status_without_key(run) == [401, 401, 401]
     assert run.wait(150) == 0, run.output + run.logs()
+    assert secret_search.files_that_tell([run.folder, run.tmp], secrets) == []
+    assert {"config.yaml", "metrics.jsonl", "trace.json", "checkpoints", "logs"} <= {
+        p.name for p in run.run_dir.iterdir()
+    }
     assert_all_trained_once(run, run.run_dir, 4)
     staleness = [row["rollout/staleness_max"] for row in run.metrics()]
     assert max(staleness) == 1 and staleness[0] == 0

@@ -18,7 +18,7 @@ PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "mod
 PLUMBING |= {"processes", "session", "patience", "beats"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
-PARTS |= {"credit", "critic", "frozen"}
+PARTS |= {"credit", "critic", "frozen", "lora"}
 PROTOCOLS = {"rollout", "update", "sync", "checkpoint", "evaluation", "report", "training"}
 EVERYTHING = {""}
 
@@ -53,15 +53,16 @@ ALLOWED = {
     "algorithms": MEANING | {"algorithm_checks"},
     "algorithm_checks": MEANING | {"algorithms"},
     "data": MEANING,
-    "policy": MEANING,
+    "lora": MEANING,
+    "policy": MEANING | {"lora"},
     "checkpoint": FOUNDATION | PLUMBING,
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
     "credit": MEANING | PLUMBING,
-    "frozen": MEANING | PLUMBING | {"policy"},
+    "frozen": MEANING | PLUMBING | {"policy", "lora"},
     "critic": MEANING | PLUMBING | {"policy", "update"},
-    "update": MEANING | PLUMBING | {"policy", "critic"},
+    "update": MEANING | PLUMBING | {"policy", "critic", "lora"},
     "sync": MEANING | PLUMBING | {"policy"},
     "objectives": MEANING | {"policy"},
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
@@ -77,7 +78,7 @@ PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "fastreason_kernels"}
 ADAPTED = {"trl", "verl", "liger_kernel", "transformers"}
-AT_MOST_ONE = {"vllm": {"rollout.vllm"}, "deepspeed": {"update.deepspeed"}}
+AT_MOST_ONE = {"vllm": {"rollout.vllm"}, "deepspeed": {"update.deepspeed"}, "peft": {"lora"}}
 
 
 def under(name: str, prefixes: set[str]) -> bool:

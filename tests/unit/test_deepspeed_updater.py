@@ -291,7 +291,64 @@ def job_skip() -> dict[str, Any]:
     return found
 
 
+def adapted_model(dtype: str, seed: int) -> Any:
+    """The tiny model frozen, with an adapter on body and head that moves it."""
+    from fastreason.config import LoraConfig
+    from fastreason.lora import add_adapter
+
+    model = tiny_model(getattr(torch, dtype), tied=False)
+    torch.manual_seed(seed)
+    add_adapter(model, LoraConfig(rank=4, head=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def job_adapter() -> dict[str, Any]:
+    """As `job_resume`, of an adapter: what is published, what a checkpoint holds, and the reference that is not a copy."""
+    import shutil
+    import tempfile
+
+    import torch.distributed as dist
+
+    from fastreason.frozen import AdapterOff, FrozenModel
+
+    def reference(updater: Any) -> list[torch.Tensor]:
+        policy = FrozenModel(AdapterOff(updater.engine.module, updater.engine), torch.device("cpu"))
+        return policy.logprobs(batches, spec(), TEMPERATURE)
+
+    rows, found = make_rows(), {}
+    batches = micro_batches(rows[dist.get_rank() :: dist.get_world_size()], 2)
+    settings = [(2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+    for stage, dtype in [(0, "float32"), *settings] if dist.get_world_size() == 1 else settings:
+        shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(shared)
+        folder = Path(str(shared[0]))
+        first = make_updater(stage, adapted_model(dtype, 1), dtype)
+        parts = {"start": whole_weights(first), "reference": reference(first)}
+        parts["results"] = run_updates(first, batches, 2)
+        first.save(folder / "updater")
+        dist.barrier()
+        parts["saved"] = whole_weights(first)
+        parts["went_on"] = run_updates(first, batches, 1), whole_weights(first)
+        parts["reference after"] = reference(first)
+        parts["adapter"] = {name: tensor.clone() for name, tensor in first.adapter()}
+        second = make_updater(stage, adapted_model(dtype, 2), dtype)
+        second.load(folder / "updater")
+        parts["loaded"] = whole_weights(second)
+        parts["loaded went_on"] = run_updates(second, batches, 1), whole_weights(second)
+        file = folder / "updater" / "state" / f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
+        parts["file"] = sorted(torch.load(file, weights_only=False)["module"])
+        found[f"zero-{stage}/{dtype}"] = parts
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+    return found
+
+
 JOBS = {
+    "adapter": job_adapter,
     "skip": job_skip,
     "stages": job_stages,
     "untied": job_untied,
@@ -368,7 +425,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("two"), 2, ["stages", "untied", "resume", "skip"], 540)
+    return launch(tmp_path_factory.mktemp("two"), 2, ["adapter", "stages", "untied", "resume", "skip"], 540)
 
 
 def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -445,6 +502,36 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(one_rank, two_ranks, ranks):
         assert results[0]["lr"] == pytest.approx(RATES[2]), setting
         for name, tensor in weights.items():
             assert torch.equal(tensor, loaded_weights[name]), f"{setting}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_adapter_trains_alone_is_published_merged_and_continues_bit_for_bit(one_rank, two_ranks, ranks):
+    jobs = (one_rank if ranks == 1 else two_ranks)["adapter"]
+    for setting, found in jobs.items():
+        dtype = getattr(torch, setting.split("/")[1])
+        base = dict(tiny_model(dtype, tied=False).named_parameters())
+        assert sorted(found["start"]) == sorted(base) and found["start"]["lm_head.weight"].dtype == dtype
+        results, after = found["went_on"]
+        assert all(result["applied"] for result in [*found["results"], *results])
+        for name, tensor in base.items():
+            rests = tensor.ndim == 1 or "embed" in name
+            assert torch.equal(after[name], tensor) == rests, f"{setting}: {name}"
+            assert torch.equal(found["loaded"][name], found["saved"][name]), f"{setting}: {name}"
+            assert torch.equal(found["loaded went_on"][1][name], after[name]), f"{setting}: {name}"
+        assert found["loaded went_on"][0] == results, setting
+        # The base is not in a checkpoint, under none of its names.
+        assert found["file"] and all("lora_" in name for name in found["file"]), setting
+        assert {name.split(".")[-2] for name in found["adapter"]} == {"lora_A", "lora_B"}
+        for before, later in zip(found["reference"], found["reference after"], strict=True):
+            assert torch.equal(before, later), setting
+    for dtype in ("float32", "bfloat16"):
+        two, three = jobs[f"zero-2/{dtype}"], jobs[f"zero-3/{dtype}"]
+        assert all(torch.equal(tensor, three["start"][name]) for name, tensor in two["start"].items())
+        assert all(torch.equal(a, b) for a, b in zip(two["reference"], three["reference"], strict=True))
+    for name, tensor in jobs["zero-2/float32"]["went_on"][1].items():
+        torch.testing.assert_close(tensor, jobs["zero-3/float32"]["went_on"][1][name], **CLOSE)
+        torch.testing.assert_close(tensor, one_rank["adapter"]["zero-0/float32"]["went_on"][1][name], **CLOSE)
 
 
 @pytest.mark.slow
