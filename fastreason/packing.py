@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
+from fastreason_kernels.transform import Transform
 from torch import Tensor
 
 from fastreason.types import Group, Sample
@@ -62,7 +63,13 @@ class Divergence(Protocol):
     def coef(self) -> float: ...
 
     def __call__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: "MicroBatch", temperature: float
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        batch: "MicroBatch",
+        temperature: float,
+        transform: Transform,
     ) -> tuple[Tensor, Tensor]:
         """(the differentiable sum over tokens, without `coef`; [N] nats, detached, NaN where not computed)."""
         ...
