@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastreason_kernels.transform import Transform
+from fastreason_kernels.transform import IDENTITY, Transform
 from torch import Tensor
 
 from fastreason.errors import ModelError
@@ -35,17 +35,21 @@ def head_transform(config: Any) -> Transform:
     Raises ModelError for a value that is no number above 0.
     """
     text = config.get_text_config()
-    scale, cap = 1.0, None
-    try:
-        for key, factor in SCALES.items():
-            if (value := getattr(text, key, None)) is not None:
-                scale *= EXCEPTIONS.get((text.model_type, key), factor)(value)
-        for key in SOFTCAPS:
-            if (value := getattr(text, key, None)) is not None:
-                cap = float(value)
-        return Transform(float(scale), cap)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"model.path: {key}={value!r} in the config of a {text.model_type} model: {error}.") from error
+    transform = IDENTITY
+    for key in (*SCALES, *SOFTCAPS):
+        if (value := getattr(text, key, None)) is None:
+            continue
+        try:
+            if key in SOFTCAPS:
+                transform = Transform(transform.scale, float(value))
+            else:
+                factor = EXCEPTIONS.get((text.model_type, key), SCALES[key])
+                transform = Transform(transform.scale * float(factor(value)), transform.softcap)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelError(
+                f"model.path: {key}={value!r} in the config of a {text.model_type} model: {error}. Allowed: a number > 0."
+            ) from error
+    return transform
 
 
 @torch.no_grad()

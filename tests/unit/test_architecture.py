@@ -59,6 +59,7 @@ ALLOWED = {
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
+    "plan": FOUNDATION | {"metrics", "models", "preflight"},
     "credit": MEANING | PLUMBING,
     "frozen": MEANING | PLUMBING | {"policy"},
     "critic": MEANING | PLUMBING | {"policy", "update"},
@@ -215,7 +216,7 @@ def run_timed(*arguments: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("module", ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor"])
+@pytest.mark.parametrize("module", ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor", "plan.command"])
 def test_light_modules_load_nothing_heavy(module):
     assert heavy_modules(run_timed("-P", "-c", f"import fastreason.{module}")) == set()
 
