@@ -216,7 +216,9 @@ def run_timed(*arguments: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("module", ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor", "plan.command"])
+@pytest.mark.parametrize(
+    "module", ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor", "plan.command"]
+)
 def test_light_modules_load_nothing_heavy(module):
     assert heavy_modules(run_timed("-P", "-c", f"import fastreason.{module}")) == set()
 
