@@ -18,7 +18,7 @@ from fastreason.errors import ConfigError
 from fastreason.plan.hardware import CPU_RATES, Device, Rates, device_from_json, device_to_json
 from fastreason.plan.shapes import Shape
 
-TRAIN_ROWS, HEAD_ROWS, COPY_BYTES, LINE = 2048, 512, 256 << 20, 64
+TRAIN_ROWS, COPY_BYTES, LINE = 2048, 256 << 20, 64
 SECONDS_EACH = 0.5
 
 

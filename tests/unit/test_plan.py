@@ -282,26 +282,33 @@ def test_every_device_says_where_its_figures_come_from():
     assert all(device.source and device.flops > 1e13 and device.memory > 1e10 for device in DEVICES.values())
 
 
-@pytest.fixture
-def measured(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
     """A calibration of little work, and its file."""
+    file = tmp_path_factory.mktemp("calibration") / "cpu.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        found = little_calibration(monkeypatch)
+    calibration.write_calibration(found, file)
+    return found, file
+
+
+def little_calibration(monkeypatch):
     monkeypatch.setattr(calibration, "SECONDS_EACH", 0.0)
-    for name, value in (("TRAIN_ROWS", 128), ("HEAD_ROWS", 16), ("COPY_BYTES", 1 << 16)):
+    for name, value in (("TRAIN_ROWS", 128), ("COPY_BYTES", 1 << 16)):
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setattr(calibration.layer_flops, "__defaults__", (64,))
-    found = calibration.calibrate(shape_of(tiny_llama().config.to_dict(), "tiny"), "float32", 1, 1, 8)
-    calibration.write_calibration(found, tmp_path / "cpu.json")
-    return found, tmp_path / "cpu.json"
+    return calibration.calibrate(shape_of(tiny_llama().config.to_dict(), "tiny"), "float32", 1, 1, 8)
 
 
-def test_a_calibration_measures_and_is_read_again(measured):
+def test_a_calibration_measures_and_is_read_again(measured, tmp_path):
     found, file = measured
     assert calibration.read_calibration(file) == found
     assert found.device.is_cpu and found.device.itemsize == 4
     assert min(found.device.flops, found.device.decode_flops, found.device.bandwidth, found.rates.train_mfu) > 0
-    file.write_text("{}")
+    other = tmp_path / "other.json"
+    other.write_text("{}")
     with pytest.raises(ConfigError, match="not a file that fastreason plan --calibrate wrote"):
-        calibration.read_calibration(file)
+        calibration.read_calibration(other)
 
 
 def plan(capsys, *arguments):
@@ -327,8 +334,8 @@ def test_the_command_plans_four_models_for_three_sizes(capsys):
     ("arguments", "said"),
     [
         ([], "give a config file"),
-        (["C"], "for what"),
-        (["C", "--gpu", "abacus"], "no such device"),
+        (["C", "--model-shape", "7b"], "for what"),
+        (["C", "--model-shape", "7b", "--gpu", "abacus"], "no such device"),
         (["C", "--gpu", "h100"], "--model-shape"),
         (["C", "--gpu", "h100", "--model-shape", "9b"], "no such shape"),
         (["--against", "nowhere"], "no run there"),
