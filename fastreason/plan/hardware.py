@@ -69,12 +69,13 @@ class Rates:
     swap_gb_s: float = 20.0  # colocated: engine's weights and trainer's state between GPU and host, each way
 
 
-# On a CPU the rates of products are measured as products, with no peak above them.
+# On a CPU the rates of products are measured as products, with no peak above them. decode_mfu is fitted to vLLM's CPU build,
+# 64 responses at once on one core: bench/README.md, "fastreason plan beside runs".
 CPU_RATES = replace(
     Rates(),
     train_mfu=0.75,
     prefill_mfu=0.75,
-    decode_mfu=0.75,
+    decode_mfu=0.27,
     decode_bandwidth=0.8,
     decode_step_s=0.02,
     reserve_gib=1.0,
