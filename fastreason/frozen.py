@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fastreason_kernels import LoraHead, PolicyLossSpec, linear_divergence
 from fastreason_kernels.gemm import product
+from fastreason_kernels.transform import IDENTITY, Transform
 from torch import Tensor, nn
 
 from fastreason.config import ModelConfig
@@ -52,7 +53,7 @@ class FrozenHead(nn.Module):
 
     def __init__(self, head: Any, num_columns: int | None) -> None:
         super().__init__()
-        self.weight, self.bias = head.weight, head.bias
+        self.weight, self.bias, self.transform = head.weight, head.bias, head.transform
         size = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
         self.num_columns = min(size, num_columns or size)
 
@@ -61,7 +62,8 @@ class FrozenHead(nn.Module):
         return self.weight[: self.num_columns], None if self.bias is None else self.bias[: self.num_columns]
 
     def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: PolicyLossSpec, temperature: float) -> Tensor:
-        return fused_loss(hidden_ND, *self.columns(), score_batch(batch), policy_spec(batch, spec), temperature).logp
+        same, spec = score_batch(batch), policy_spec(batch, spec)
+        return fused_loss(hidden_ND, *self.columns(), same, spec, temperature, transform=self.transform).logp
 
 
 class AdapterOff:
@@ -123,6 +125,11 @@ class FrozenModel:
         with self._gather([p for p in (head.weight, head.bias) if p is not None]):
             yield head.columns()
 
+    @property
+    def transform(self) -> Transform:
+        """What the head does to a raw logit."""
+        return self._scorer.head.transform
+
     def _check(self, batch: MicroBatch) -> None:
         highest, size = int(batch.ids_N.max()), self._scorer.head.num_columns
         if highest >= size:
@@ -150,17 +157,19 @@ class HeadDivergence:
         bias_V: Tensor | None,
         batch: MicroBatch,
         temperature: float,
+        transform: Transform,
         lora: LoraHead | None = None,
     ) -> tuple[Tensor, Tensor]:
         teacher_NE = self.teacher.hidden(batch)
         token_weight_N = batch.token_weight_N if batch.kl_weight_N is None else batch.token_weight_N * batch.kl_weight_N
         with self.teacher.head() as (teacher_WE, teacher_bias_W):
             known: dict[str, Any] = {"teacher_hidden": teacher_NE, "teacher_weight": teacher_WE}
-            known |= {"teacher_bias": teacher_bias_W}
+            own = self.teacher.transform
+            known |= {"teacher_bias": teacher_bias_W, "teacher_softcap": own.softcap, "teacher_logit_scale": own.scale}
             if self.top_k is not None:
                 columns = min(len(teacher_WE), len(weight_VD))
                 bias_W = None if teacher_bias_W is None else teacher_bias_W[:columns]
-                ids_NK, logp_NK = largest(teacher_NE, teacher_WE[:columns], bias_W, temperature, self.top_k)
+                ids_NK, logp_NK = largest(teacher_NE, teacher_WE[:columns], bias_W, temperature, self.top_k, own)
                 known = {"teacher_topk_ids": ids_NK, "teacher_topk_logp": logp_NK}
             output = linear_divergence(
                 hidden_ND,
@@ -171,13 +180,20 @@ class HeadDivergence:
                 bias=bias_V,
                 temperature=temperature,
                 lora=lora,
+                softcap=transform.softcap,
+                logit_scale=transform.scale,
             )
         return output.loss_sum, output.divergence
 
 
 @torch.no_grad()
 def largest(
-    hidden_NE: Tensor, weight_WE: Tensor, bias_W: Tensor | None, temperature: float, k: int
+    hidden_NE: Tensor,
+    weight_WE: Tensor,
+    bias_W: Tensor | None,
+    temperature: float,
+    k: int,
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor]:
     """(ids [N, k], logp [N, k] fp32 nats): the k most probable tokens at `temperature`, a chunk of logits at a time.
 
@@ -192,6 +208,7 @@ def largest(
         product(chunk_CE, weight_WE.T, logits_CW)
         if bias_W is not None:
             logits_CW += bias_W
+        logits_CW = transform.apply(logits_CW)
         logits_CW /= temperature
         logp_CK, ids_CK = logits_CW.topk(min(k, len(weight_WE)), dim=-1)
         found.append((ids_CK, logp_CK - logits_CW.logsumexp(-1, keepdim=True)))

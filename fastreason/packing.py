@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 from fastreason_kernels import LoraHead
+from fastreason_kernels.transform import Transform
 from torch import Tensor
 
 from fastreason.types import Group, Sample
@@ -69,6 +70,7 @@ class Divergence(Protocol):
         bias_V: Tensor | None,
         batch: "MicroBatch",
         temperature: float,
+        transform: Transform,
         lora: LoraHead | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(the differentiable sum over tokens, without `coef`; [N] nats, detached, NaN where not computed)."""

@@ -7,16 +7,19 @@ where they are used.
 
 import logging
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastreason_kernels import LoraHead, PolicyLossOutput, PolicyLossSpec, linear_logprob, linear_policy_loss
+from fastreason_kernels.transform import IDENTITY, Transform
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastreason.config import LoraConfig, ModelConfig
 from fastreason.errors import ConfigError, ModelError
+from fastreason.families import attention_of, check_head, head_transform, layer_masks
 from fastreason.lora import add_adapter, split_head
 from fastreason.losses.preference import PairSpec, pair_loss
 from fastreason.packing import Layout, MicroBatch
@@ -27,17 +30,27 @@ LossSpec = PolicyLossSpec | PairSpec
 
 # Tokens; bench/README.md has the measurement. The scores of eager attention take memory with the square.
 SHORT_LINE = 384
-# Heads that scale or cap their logits compute something else than hidden @ weight.T; they are refused, not ignored.
-UNSUPPORTED_HEAD_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+LIGER_PATCHES = dict.fromkeys(("rope", "rms_norm", "layer_norm", "swiglu", "geglu"), True)
+LIGER_PATCHES |= dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
 
 
 class FusedHead(nn.Module):
-    """The LM head as an op: holds the weight (tied or not), and an adapter where it has one; never returns logits."""
+    """The LM head as an op: holds the weight (tied or not), and an adapter where it has one; never returns logits.
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, lora: LoraHead | None = None) -> None:
+    transform: what the model does to a raw logit: a scale, a cap.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        transform: Transform = IDENTITY,
+        lora: LoraHead | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.transform = transform
         # Parameters of this module, so that ZeRO-3 gathers them where they are used.
         self.lora_a, self.lora_b, self._scale = lora or (None, None, 1.0)
         self._adapts = True
@@ -57,17 +70,30 @@ class FusedHead(nn.Module):
 
     def forward(self, hidden_ND: Tensor, batch: MicroBatch, spec: LossSpec | None, temperature: float) -> Any:
         if spec is None:
-            head: dict[str, Any] = {"bias": self.bias, "lora": self._lora}
-            return linear_logprob(hidden_ND, self.weight, batch.ids_N, **head, temperature=temperature)
+            return self._logprob(hidden_ND, batch, temperature)
         if isinstance(spec, PairSpec):
             return self._pairs(hidden_ND, batch, spec, temperature)
         output = self._loss(hidden_ND, batch, policy_spec(batch, spec), temperature)
         if batch.kl_weight_N is not None and spec.kl_coef:
             output = _plus(output, *self._masked_kl(hidden_ND, batch, spec, temperature))
         if batch.divergence is not None:
-            loss_sum, kl_N = batch.divergence(hidden_ND, self.weight, self.bias, batch, temperature, self._lora)
+            head = (hidden_ND, self.weight, self.bias, batch, temperature, self.transform, self._lora)
+            loss_sum, kl_N = batch.divergence(*head)
             output = _plus(output, batch.divergence.coef * loss_sum, kl_N)
         return output
+
+    def _logprob(self, hidden_ND: Tensor, batch: MicroBatch, temperature: float, **options: Any) -> Any:
+        return linear_logprob(
+            hidden_ND,
+            self.weight,
+            batch.ids_N,
+            bias=self.bias,
+            lora=self._lora,
+            temperature=temperature,
+            softcap=self.transform.softcap,
+            logit_scale=self.transform.scale,
+            **options,
+        )
 
     def _loss(
         self,
@@ -77,14 +103,12 @@ class FusedHead(nn.Module):
         temperature: float,
         mask_N: Tensor | None = None,
     ) -> PolicyLossOutput:
-        return fused_loss(hidden_ND, self.weight, self.bias, batch, spec, temperature, mask_N, self._lora)
+        head = (hidden_ND, self.weight, self.bias)
+        return fused_loss(*head, batch, spec, temperature, mask_N, transform=self.transform, lora=self._lora)
 
     def _pairs(self, hidden_ND: Tensor, batch: MicroBatch, spec: PairSpec, temperature: float) -> PolicyLossOutput:
         """A loss of pairs: the rows of the batch are chosen and rejected in turn."""
-        head: dict[str, Any] = {"bias": self.bias, "lora": self._lora}
-        logp_N, entropy_N, _ = linear_logprob(
-            hidden_ND, self.weight, batch.ids_N, **head, temperature=temperature, entropy_grad=False
-        )
+        logp_N, entropy_N, _ = self._logprob(hidden_ND, batch, temperature, entropy_grad=False)
         # Sums of thousands of tokens: fp32 would round away what one pair differs by.
         zeros_B = torch.zeros(batch.num_rows, dtype=torch.float64, device=logp_N.device)
         logp_B = zeros_B.index_add(0, batch.sequence_N, logp_N.double())
@@ -123,6 +147,7 @@ def fused_loss(
     spec: PolicyLossSpec,
     temperature: float,
     mask_N: Tensor | None = None,
+    transform: Transform = IDENTITY,
     lora: LoraHead | None = None,
 ) -> PolicyLossOutput:
     """The policy loss of a micro-batch's response tokens, from the hidden states that predict them and a head."""
@@ -141,6 +166,8 @@ def fused_loss(
         bias=bias_V,
         temperature=temperature,
         lora=lora,
+        softcap=transform.softcap,
+        logit_scale=transform.scale,
     )
 
 
@@ -172,7 +199,7 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         head, pair = split_head(model.get_output_embeddings())
-        fused = FusedHead(head.weight, getattr(head, "bias", None), pair)
+        fused = FusedHead(head.weight, getattr(head, "bias", None), head_transform(model.config), pair)
         model.set_output_embeddings(fused)
         self.model = model
         self.head = fused
@@ -192,17 +219,26 @@ def response_states(model: Any, batch: MicroBatch) -> Tensor:
     hidden_BLD = model.base_model(
         input_ids=batch.input_ids_BL,
         position_ids=batch.position_ids_BL,
-        attention_mask=_attention_mask(model, batch.mask_B1LL),
+        attention_mask=_attention_mask(model, batch),
         use_cache=False,
     ).last_hidden_state
     return hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
 
 
-def _attention_mask(model: Any, mask_B1LL: Tensor | None) -> Tensor | None:
+def _attention_mask(model: Any, batch: MicroBatch) -> Tensor | dict[str, Tensor] | None:
+    if batch.mask_B1LL is None:
+        return None
+    masks = layer_masks(model.config, batch.mask_B1LL, batch.position_ids_BL)
     # sdpa takes a bool mask; eager attention adds the mask to the scores, and would add True as 1.
-    if mask_B1LL is None or model.config._attn_implementation != "eager":
-        return mask_B1LL
-    return torch.zeros_like(mask_B1LL, dtype=model.dtype).masked_fill(~mask_B1LL, torch.finfo(model.dtype).min)
+    if model.config._attn_implementation != "eager":
+        return masks
+    if isinstance(masks, dict):
+        return {kind: _added(mask_B1LL, model.dtype) for kind, mask_B1LL in masks.items()}
+    return _added(masks, model.dtype)
+
+
+def _added(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
 
 
 def choose_attention(wanted: str, device: str, flash_attn_installed: bool, line_tokens: int) -> str:
@@ -256,7 +292,9 @@ def apply_liger(model: Any) -> bool:
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is None:
         return False
-    apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    # Which of its patches a family has differs: GeGLU in Gemma's, no rotary embedding in some.
+    known = signature(apply).parameters
+    apply(model=model, **{name: wanted for name, wanted in LIGER_PATCHES.items() if name in known})
     return True
 
 
@@ -281,16 +319,15 @@ def load_policy(
 ) -> Policy:
     """Load a causal LM from a local folder as a Policy in training mode on `device`, without its dropout.
 
-    lora: with a rank, the model is frozen and gets an adapter. Raises ModelError where the folder cannot be loaded or the head
-    computes something that the fused head does not, ConfigError where an adapter cannot be had.
+    lora: with a rank, the model is frozen and gets an adapter. Raises ModelError where the folder cannot be loaded or its
+    logits are none that the fused head computes, ConfigError where an adapter cannot be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        for key in UNSUPPORTED_HEAD_KEYS:
-            if getattr(model_config, key, None) not in (None, 1, 1.0):
-                raise ModelError(f"model.path: {folder} has {key} in its config: such heads are not supported yet.")
+        transform = head_transform(model_config)
+        attention = attention_of(model_config, attention, config.attn_implementation, folder)
         dropped = without_dropout(model_config)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -309,10 +346,11 @@ def load_policy(
             module.p = 0.0
     if dropped:
         log.info("%s is trained without its dropout: %s", folder, ", ".join(dropped))
+    check_head(model.to(device), transform, folder)
     if liger:
         apply_liger(model)
     if lora is not None and lora.rank is not None:
         add_adapter(model, lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model.to(device)).train()
+    return Policy(model).train()

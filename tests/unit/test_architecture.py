@@ -53,12 +53,14 @@ ALLOWED = {
     "algorithms": MEANING | {"algorithm_checks"},
     "algorithm_checks": MEANING | {"algorithms"},
     "data": MEANING,
+    "families": FOUNDATION,
     "lora": MEANING,
-    "policy": MEANING | {"lora"},
+    "policy": MEANING | {"families", "lora"},
     "checkpoint": FOUNDATION | PLUMBING,
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
+    "plan": FOUNDATION | {"metrics", "models", "preflight"},
     "credit": MEANING | PLUMBING,
     "frozen": MEANING | PLUMBING | {"policy", "lora"},
     "critic": MEANING | PLUMBING | {"policy", "update"},
@@ -216,6 +218,7 @@ def run_timed(*arguments: str) -> str:
 
 
 LIGHT = ["config", "metrics", "alerts", "cores", "display", "report.reward_curve", "doctor", "evaluation.section"]
+LIGHT += ["plan.command"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

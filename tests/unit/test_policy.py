@@ -200,16 +200,6 @@ def test_dropout_of_modules_and_of_a_config_within_a_config_is_found_too(tmp_pat
     assert (outer.text_config.attention_dropout, outer.drop_path_rate, outer.use_dropout) == (0.0, 0.0, True)
 
 
-@pytest.mark.parametrize("key", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
-def test_a_head_that_computes_something_else_is_refused(tmp_path, key):
-    with pytest.raises(ModelError, match=rf"model\.path: .* has {key} in its config"):
-        load(save_model(tmp_path / "m", **{key: 30.0}))
-
-
-def test_a_scale_of_one_is_no_scale(tmp_path):
-    load(save_model(tmp_path / "m", logits_scaling=1.0, final_logit_softcapping=None))
-
-
 def test_a_folder_without_weights_names_the_key(tmp_path):
     folder = save_model(tmp_path / "m")
     (folder / "model.safetensors").unlink()
@@ -264,7 +254,14 @@ def liger_calls(monkeypatch):
     """liger-kernel's table of patches, with one model type that writes down how it was called."""
     calls = []
     module = ModuleType("liger_kernel.transformers.monkey_patch")
-    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": lambda **arguments: calls.append(arguments)}
+
+    def llama(rope, rms_norm, swiglu, cross_entropy, fused_linear_cross_entropy, model):
+        calls.append(locals())
+
+    def gemma(rope, rms_norm, geglu, cross_entropy, fused_linear_cross_entropy, model):
+        calls.append(locals())
+
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": llama, "gemma": gemma}
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -273,15 +270,12 @@ def liger_calls(monkeypatch):
 
 def test_liger_patches_everything_but_the_head_and_the_loss(tmp_path, liger_calls):
     load(save_model(tmp_path / "m"), liger=True)
-    (arguments,) = liger_calls
-    assert isinstance(arguments.pop("model"), LlamaForCausalLM)
-    assert arguments == {
-        "rope": True,
-        "rms_norm": True,
-        "swiglu": True,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
+    apply_liger(SimpleNamespace(config=SimpleNamespace(model_type="gemma")))
+    llama, gemma = ({k: v for k, v in call.items() if k not in ("calls", "model")} for call in liger_calls)
+    assert isinstance(liger_calls[0]["model"], LlamaForCausalLM)
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert llama == {"rope": True, "rms_norm": True, "swiglu": True, **losses}
+    assert gemma == {"rope": True, "rms_norm": True, "geglu": True, **losses}
 
 
 def test_liger_is_left_alone_where_it_was_not_chosen_or_knows_no_such_model(tmp_path, liger_calls):
@@ -294,6 +288,6 @@ def test_the_patches_that_liger_has_take_these_arguments():
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch", reason="liger-kernel is not installed here")
     import inspect
 
-    for kind in ("llama", "qwen2", "qwen3"):
+    for kind, mlp in (("llama", "swiglu"), ("qwen2", "swiglu"), ("qwen3", "swiglu"), ("gemma2", "geglu")):
         names = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[kind]).parameters
-        assert {"rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy", "model"} <= set(names)
+        assert {"rope", "rms_norm", mlp, "cross_entropy", "fused_linear_cross_entropy", "model"} <= set(names)

@@ -1,0 +1,187 @@
+"""Seconds of a step's parts: generation, training, publication; and of the step, with and without asynchrony. Pure.
+
+It owns the arithmetic of rooflines: what takes longer, the operations or the bytes. It refuses to choose (`split.py`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from fastreason.plan.hardware import GB, Device, Rates
+from fastreason.plan.memory import TrainerSetup
+from fastreason.plan.shapes import Shape
+
+MESSAGE_S = 1e-5  # latency of one collective
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step generates and trains. prompt, response: mean tokens; longest: most tokens of a response.
+
+    computed: tokens that the trainer really forwards, where that is known (a run's metrics), else None.
+    """
+
+    prompts: int
+    samples: int
+    prompt: float
+    response: float
+    longest: int
+    updates: int = 1
+    micro_batch_tokens: int = 8192
+    shared_prompts: bool = False
+    computed: float | None = None
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts * self.samples
+
+    @property
+    def response_tokens(self) -> float:
+        return self.sequences * self.response
+
+    @property
+    def trained_tokens(self) -> float:
+        """Tokens forwarded: each prompt once where prompts are shared, else once a sequence."""
+        if self.computed is not None:
+            return self.computed
+        return (self.prompts if self.shared_prompts else self.sequences) * self.prompt + self.response_tokens
+
+    @property
+    def line(self) -> float:
+        """Tokens of a trainer's line: a prompt with all of its responses where prompts are shared, else the longest row."""
+        return self.prompt + (self.samples * self.response if self.shared_prompts else self.longest)
+
+    def micro_batch(self, ranks: int) -> float:
+        """Tokens of a rank's largest micro-batch: the budget, or one line, or all that the rank has of an update."""
+        return max(self.line, min(self.micro_batch_tokens, self.trained_tokens / self.updates / ranks))
+
+    @property
+    def response_share(self) -> float:
+        """Of the trained tokens, those with a row of logits."""
+        return min(1.0, self.response_tokens / max(1.0, self.trained_tokens))
+
+    @property
+    def seen(self) -> float:
+        """Mean tokens that a trained token attends to: (p + r) / 2 in a row, p + r / 2 for responses that share a prompt."""
+        if not self.shared_prompts:
+            return (self.prompt + self.response) / 2
+        in_prompts = self.prompts * self.prompt
+        sees = in_prompts * self.prompt / 2 + self.response_tokens * (self.prompt + self.response / 2)
+        return sees / max(1.0, in_prompts + self.response_tokens)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """batch_s: from the first prompt to the last answer, alone. steady_s: a batch's share where the next one fills the gaps.
+
+    concurrency: responses that an engine decodes at once. token_step_s: of one step of them all.
+    """
+
+    batch_s: float
+    steady_s: float
+    concurrency: float
+    token_step_s: float
+
+
+def token_step(
+    shape: Shape, device: Device, rates: Rates, running: float, context: float, tensor_parallel: int = 1
+) -> float:
+    """Seconds of one decoding step of `running` responses with `context` tokens each: the larger of bytes and operations."""
+    b = device.itemsize
+    read = (b * shape.num_parameters + running * context * shape.kv_bytes(b)) / tensor_parallel
+    flops = shape.forward_flops(running, context, running) / tensor_parallel
+    peak = device.decode_flops or device.flops
+    work = max(read / (device.bandwidth * rates.decode_bandwidth), flops / (peak * rates.decode_mfu))
+    return work + rates.decode_step_s + _tensor_parallel_s(shape, device, rates, running, tensor_parallel, b)
+
+
+def _tensor_parallel_s(
+    shape: Shape, device: Device, rates: Rates, tokens: float, tensor_parallel: int, itemsize: int
+) -> float:
+    """Two reductions a layer of [tokens, D]."""
+    if tensor_parallel == 1:
+        return 0.0
+    bytes_each = 2 * itemsize * tokens * shape.hidden * (tensor_parallel - 1) / tensor_parallel
+    return 2 * shape.num_layers * (bytes_each / (device.link * rates.link_share) + MESSAGE_S)
+
+
+def generation(
+    shape: Shape, device: Device, rates: Rates, work: Workload, engines: int, tensor_parallel: int, kv_bytes: float
+) -> Generation:
+    """Of `engines` engines that share a step's responses evenly; kv_bytes: the KV cache of one whole engine.
+
+    A batch alone drains at its end: from the mean length on, `longest - response` steps run with half of the places on
+    average. In a steady state the next batch takes those places. Prompts are computed once for all of their samples.
+    """
+    share = work.sequences / engines
+    context = work.prompt + work.response / 2
+    room = kv_bytes / (shape.kv_bytes(device.itemsize) * max(1.0, work.prompt + work.response))
+    running = max(1.0, min(share, room))
+    full_s = token_step(shape, device, rates, running, context, tensor_parallel)
+    half_s = token_step(shape, device, rates, max(1.0, running / 2), context, tensor_parallel)
+    peak = (device.decode_flops if device.is_cpu and device.decode_flops else device.flops) * tensor_parallel
+    prompt_flops = shape.forward_flops(work.prompts / engines * work.prompt, work.prompt / 2, work.prompts / engines)
+    prefill_s = prompt_flops / (peak * rates.prefill_mfu)
+    steps = share * work.response / running
+    drained = min(max(0.0, work.longest - work.response), 2 * steps)
+    steady_s = prefill_s + steps * full_s
+    batch_s = prefill_s + (steps - drained / 2) * full_s + drained * half_s
+    return Generation(max(batch_s, steady_s), steady_s, running, full_s)
+
+
+def training_flops(shape: Shape, setup: TrainerSetup, work: Workload) -> float:
+    """Of a step: forward, twice that backward, the body's forward once more with checkpointing."""
+    body = shape.forward_flops(work.trained_tokens, work.seen, 0)
+    head = shape.forward_flops(0, 0, work.response_tokens)
+    return (4 if setup.checkpointing else 3) * body + 3 * head
+
+
+def training(shape: Shape, device: Device, rates: Rates, work: Workload, setup: TrainerSetup) -> float:
+    """Seconds of a step's updates on `setup.ranks` devices: operations or collectives, whichever is longer, and Adam.
+
+    Per rank and micro-batch stage 3 gathers weights twice and reduces gradients once, stage 2 reduces; per update, stages
+    1 and 2 gather weights, and stages 0 and 1 reduce. Micro-batches are taken as full and ranks as equally busy.
+    """
+    ranks, b, num = setup.ranks, setup.itemsize, shape.num_parameters
+    compute_s = training_flops(shape, setup, work) / (ranks * device.flops * rates.train_mfu)
+    micro_batches = max(work.updates, math.ceil(work.trained_tokens / ranks / work.micro_batch_tokens))
+    whole = {3: 3 * micro_batches, 2: micro_batches + work.updates}.get(setup.stage, 2 * work.updates)
+    link = device.link if ranks <= device.per_node else device.node_link
+    comm_s = whole * b * num * (ranks - 1) / ranks / (link * rates.link_share)
+    # Masters and both moments read and written, the gradient read, the weight written.
+    adam_bytes = (24 + 4 + b) * num / (ranks if setup.stage else 1)
+    adam_s = work.updates * adam_bytes / device.bandwidth
+    if setup.offload:
+        adam_s = work.updates * (4 + b) * num / ranks / (rates.swap_gb_s * GB)
+    return max(compute_s, comm_s) + adam_s
+
+
+def publication(shape: Shape, device: Device, rates: Rates, transport: str, gpus: int) -> float:
+    """Seconds in which new weights reach the engines: through shared memory or a file, or over links (nccl, ipc).
+
+    transport auto: shared memory within a node, over links between nodes.
+    """
+    num_bytes = device.itemsize * shape.num_parameters
+    within = gpus <= device.per_node
+    if transport in ("nccl", "ipc") or (transport == "auto" and not within):
+        return num_bytes / ((device.link if within or transport == "ipc" else device.node_link) * rates.link_share)
+    return num_bytes / (rates.publish_gb_s * GB)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of a step, seconds: generation of a batch alone and in a steady state, training, publication."""
+
+    generate_s: float
+    steady_s: float
+    train_s: float
+    publish_s: float
+
+    @property
+    def sync_s(self) -> float:
+        """g + t + s: one after the other."""
+        return self.generate_s + self.train_s + self.publish_s
+
+    @property
+    def async_s(self) -> float:
+        """max(g, t) + s: beside each other, generation in its steady state."""
+        return max(self.steady_s, self.train_s) + self.publish_s

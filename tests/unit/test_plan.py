@@ -1,0 +1,369 @@
+"""fastreason plan: the arithmetic by hand, against torch's own count of a real forward, and the words of the command."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fastreason_kernels import gemm
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastreason.cli import main
+from fastreason.errors import ConfigError, ModelError
+from fastreason.plan import calibration, memory
+from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
+from fastreason.plan.memory import GIB, TrainerSetup, engine_memory, layer_bytes, loss_bytes, trainer_memory
+from fastreason.plan.shapes import SHAPES, Shape, named_shape, shape_of
+from fastreason.plan.split import Layout, Plan, fitting_setup, judge, needed_tensor_parallel, plan_gpus
+from fastreason.plan.times import StepTimes, Workload, generation, publication, token_step, training, training_flops
+
+ROOT = Path(__file__).resolve().parents[2]
+# D 4, Q 4, K 2, F 8, V 10: a layer multiplies with 4 (2 4 + 2 2) + 3 4 8 = 144.
+TOY = Shape("toy", 2, 4, 2, 1, 2, 8, 10, tied=False)
+DEVICE = Device("toy", 1e9, 1000.0, 100.0, 50.0, 10.0, "a test", per_node=4)
+EXACT = Rates(1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1e-6, 1e-6)
+WORK = Workload(prompts=2, samples=4, prompt=6.0, response=10.0, longest=20, updates=2, micro_batch_tokens=40)
+
+
+def test_the_parameters_are_those_that_were_published():
+    published = {
+        "smollm2-135m": 134_515_008,
+        "qwen2.5-1.5b": 1_543_714_304,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen2.5-32b": 32_763_876_352,
+        "llama-3-8b": 8_030_261_248,
+        "llama-3-70b": 70_553_706_496,
+    }
+    assert {name: shape.num_parameters for name, shape in SHAPES.items()} == published
+
+
+def test_a_shape_by_hand():
+    assert (TOY.layer_matrices, TOY.body_matrices, TOY.head_matrix) == (144, 288, 40)
+    assert TOY.num_parameters == 2 * 40 + 288 + 2 * 8 + 4
+    assert replace(TOY, qkv_bias=True, qk_norm=True, tied=True).num_parameters == 388 - 40 + 2 * (8 + 4)
+    assert TOY.kv_bytes() == 2 * 2 * 2 * 2
+    assert TOY.forward_flops(3, 5, 2) == 3 * (2 * 288 + 4 * 2 * 4 * 5) + 2 * 2 * 40
+
+
+def tiny_llama(**keys):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "eager"}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **keys))
+
+
+def test_operations_are_those_that_torch_counts():
+    """A forward and backward of a Llama, whose eager attention multiplies with all 16 tokens of a line."""
+    model = tiny_llama()
+    shape = shape_of(model.config.to_dict(), "tiny")
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    ids = torch.arange(32).view(2, 16)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(ids).logits.sum()
+    assert counter.get_total_flops() == shape.forward_flops(32, 16, 32)
+    work = Workload(prompts=2, samples=1, prompt=0, response=16, longest=16)
+    # The embedding's gradient is no product; seen is 16 there and 16 / 2, causal, here.
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    attention = 3 * 32 * 4 * shape.num_layers * shape.query_width * 8
+    assert counter.get_total_flops() * 3 / 2 == training_flops(shape, TrainerSetup(), work) + attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_about_as_many_bytes_as_torch_saves(dtype):
+    """Between two depths, so that head and embedding drop out."""
+    sizes = []
+    for layers in (1, 3):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attn_implementation="sdpa",
+        )
+        model = LlamaForCausalLM(config).to(dtype)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}
+
+        def keep(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x  # held, so that no address occurs twice
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            output = model(torch.arange(48)[None], use_cache=False).logits
+        storages = {address: x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights}
+        sizes.append(sum(storages.values()))
+        assert output.requires_grad
+    shape = shape_of(config.to_dict(), "tiny")
+    expected = layer_bytes(shape, TrainerSetup(itemsize=dtype.itemsize, fused=False))
+    assert (sizes[1] - sizes[0]) / 2 / 48 == pytest.approx(expected, rel=0.25)
+
+
+def test_the_memory_of_a_rank_by_hand():
+    def parts(**keys):
+        return trainer_memory(TOY, TrainerSetup(**keys), 10, 5)
+
+    # 388 parameters; buckets are never below a million elements.
+    two = parts(ranks=4, zero_stage=2)
+    assert two["weights"] == 776 and two["gradients"] == 388 and two["optimizer"] == 3 * 388
+    assert two["buckets"] == 4e6
+    one = parts(ranks=4, zero_stage=0)  # bf16 at stage 0 runs as stage 1
+    assert one["weights"] == 776 and one["gradients"] == 6 * 388 and one["optimizer"] == 3 * 388
+    three = parts(ranks=4, zero_stage=3)
+    assert three["weights"] == 194 and three["buckets"] == 4e6 + 776
+    fp32 = parts(ranks=4, zero_stage=0, itemsize=4)
+    assert [fp32[part] for part in ("weights", "gradients", "optimizer", "buckets")] == [1552, 1552, 8 * 388, 0]
+    assert parts(zero_stage=2, offload=True)["optimizer"] == 0
+    # A layer and token: 2 (4 4 + 2 4 + 2 2 + 3 8) = 104.
+    assert two["activations"] == 10 * 2 * 104
+    assert parts(checkpointing=True)["activations"] == 10 * (2 * 2 * 4 + 104)
+    assert parts(fused=False)["activations"] == 10 * 2 * (104 + 16 + 64)
+    assert parts(scores=6)["activations"] == 10 * 2 * (104 + 2 * 2 * 2 * 6)
+    # 4 5 10 of logits, 2 2 5 4 of states, 4 40 of the head.
+    assert two["loss"] == 200 + 80 + 160
+    assert parts(on_gpu=False)["loss"] == 200 + 80 + 80
+
+
+def test_the_loss_holds_one_tile_of_logits_however_many_there_are():
+    shape = SHAPES["qwen2.5-7b"]
+    few, many = (loss_bytes(shape, TrainerSetup(), rows) for rows in (8192, 16384))
+    assert many - few == 2 * 2 * 8192 * 3584
+
+
+def test_the_constants_are_the_trainers_and_the_loss_librarys():
+    assert (memory.LOGITS_BYTES_GPU, memory.LOGITS_BYTES_CPU) == (gemm.DEVICE_ROW_BYTES, gemm.CPU_ROW_BYTES)
+    source = (ROOT / "fastreason" / "update" / "deepspeed.py").read_text()
+    assert int(re.search(r"^MAX_BUCKET = (\w+)", source, re.M)[1]) == memory.MAX_BUCKET
+    assert "num_parameters // 8" in source
+
+
+def test_an_engine_fills_its_share_with_the_cache():
+    device = replace(DEVICE, memory=100 * GIB)
+    parts = engine_memory(TOY, device, replace(EXACT, memory_share=0.9, reserve_gib=4.0), 2)
+    assert parts == {"weights": 388, "kv cache": pytest.approx(86 * GIB - 388)}
+
+
+def test_a_token_step_by_hand():
+    # Reads 776 + 3 7 16 = 1112 bytes at 100; 3 (576 + 4 2 4 7) + 3 80 = 2640 operations at 1000.
+    assert token_step(TOY, DEVICE, EXACT, 3, 7) == pytest.approx(11.12)
+    assert token_step(TOY, replace(DEVICE, flops=100.0), EXACT, 3, 7) == pytest.approx(26.4)
+    assert token_step(TOY, DEVICE, replace(EXACT, decode_step_s=0.5), 3, 7) == pytest.approx(11.62)
+    # Two GPUs: half of that, and 2 2 reductions of 2 2 3 4 / 2 bytes at 50.
+    assert token_step(TOY, DEVICE, EXACT, 3, 7, 2) == pytest.approx(5.56 + 4 * (24 / 50 + 1e-5))
+
+
+def test_generation_by_hand():
+    """8 responses of 10 tokens on 2 engines, room for 2 at once each: 20 steps; of the last 10 half the places are empty."""
+    kv_bytes = 2 * 16 * 16.0
+    made = generation(TOY, DEVICE, EXACT, WORK, 2, 1, kv_bytes)
+    full, half = (token_step(TOY, DEVICE, EXACT, running, 11) for running in (2, 1))
+    prefill = TOY.forward_flops(6, 3, 1) / 1000
+    assert made.concurrency == 2 and made.token_step_s == full
+    assert made.steady_s == pytest.approx(prefill + 20 * full)
+    assert made.batch_s == pytest.approx(prefill + 15 * full + 10 * half)
+
+
+def test_a_step_trains_what_it_computes():
+    assert (WORK.sequences, WORK.response_tokens, WORK.trained_tokens, WORK.seen) == (8, 80, 128, 8)
+    shared = replace(WORK, shared_prompts=True)
+    assert shared.trained_tokens == 2 * 6 + 80 and shared.line == 6 + 4 * 10
+    assert shared.seen == pytest.approx((12 * 3 + 80 * 11) / 92)
+    assert replace(WORK, computed=50.0).trained_tokens == 50
+    assert (WORK.line, WORK.micro_batch(1), WORK.micro_batch(2), WORK.micro_batch(8)) == (26, 40, 32, 26)
+
+
+def test_training_by_hand():
+    one = TrainerSetup(ranks=1, zero_stage=1)
+    body, head = 128 * (576 + 4 * 2 * 4 * 8), 80 * 80
+    assert training_flops(TOY, one, WORK) == 3 * (body + head)
+    assert training_flops(TOY, replace(one, checkpointing=True), WORK) == 4 * body + 3 * head
+    adam = 2 * 30 * 388 / 100
+    assert training(TOY, DEVICE, EXACT, WORK, one) == pytest.approx(3 * (body + head) / 1000 + adam)
+    # Two ranks, two micro-batches each: stage 3 moves 3 2 times half of 776 bytes, stage 2 2 + 2 times, stage 1 2 2 times.
+    slow = replace(DEVICE, link=1.0)
+    times = [training(TOY, slow, EXACT, WORK, TrainerSetup(ranks=2, zero_stage=stage)) for stage in (3, 2, 1)]
+    assert times == [pytest.approx(number * 388 + adam / 2) for number in (6, 4, 4)]
+    far = training(TOY, replace(DEVICE, per_node=1), EXACT, WORK, TrainerSetup(ranks=2, zero_stage=3))
+    assert far == pytest.approx(max(6 * 388 / 10, 1.5 * (body + head) / 1000) + adam / 2)
+
+
+def test_publication_and_the_step():
+    assert publication(TOY, DEVICE, EXACT, "shm", 2) == pytest.approx(776 / 1e3)
+    assert publication(TOY, DEVICE, EXACT, "nccl", 2) == pytest.approx(776 / 50)
+    assert publication(TOY, DEVICE, EXACT, "auto", 4) == pytest.approx(776 / 1e3)
+    assert publication(TOY, DEVICE, EXACT, "auto", 5) == pytest.approx(776 / 10)
+    times = StepTimes(generate_s=9.0, steady_s=6.0, train_s=5.0, publish_s=1.0)
+    assert (times.sync_s, times.async_s) == (15.0, 7.0)
+
+
+def layout(times, colocated=False, swap_s=0.0):
+    return Layout(1, 1, TrainerSetup(), colocated, times, {"loss": 0.0}, {}, 1.0, swap_s)
+
+
+@pytest.mark.parametrize(
+    ("split", "colocated", "said"),
+    [
+        ((9, 6, 5, 1), (3, 2, 3, 1), "2.14 x as fast as one side after the other, 1.14 x as fast as all GPUs"),
+        ((9, 6, 5, 1), (2, 2, 3, 1), "0.14 x"),
+        ((20, 20, 2, 1), (11, 10, 1, 0.5), "generation takes 10.0 x the other side: little can be hidden"),
+        ((2, 2, 20, 1), (1, 1, 10, 0.5), "training takes 10.0 x the other side: little can be hidden"),
+        ((9, 6, 5, 4), (20, 20, 2, 1), "Publication takes 40% of the step: see rollout.transport."),
+    ],
+)
+def test_what_is_said_of_asynchrony(split, colocated, said):
+    plan = Plan(TOY, 8, layout(StepTimes(*split)), layout(StepTimes(*colocated), True, 1.0))
+    verdict = judge(plan)
+    if said == "0.14 x":  # in turn: 2 + 3 + 1 and 1 for the change; on the split 6 + 1
+        assert "only 1.00 x as fast as all GPUs for both in turn: asynchrony does not help here" in verdict
+    else:
+        assert said in verdict
+
+
+def test_asynchrony_that_does_not_help_is_said():
+    plan = Plan(TOY, 8, layout(StepTimes(9, 6, 5, 1)), layout(StepTimes(2, 2, 2, 0), True))
+    assert "all GPUs for both in turn are 1.75 x as fast as that: asynchrony does not help here" in judge(plan)
+    assert plan.best is plan.colocated
+    assert "with one, generation and training take turns" in judge(Plan(TOY, 1, None, plan.colocated))
+    assert "neither does colocated" in judge(Plan(TOY, 8, None, None))
+
+
+def test_a_trainer_that_does_not_fit_takes_what_saves_memory_in_turn():
+    shape, work = SHAPES["qwen2.5-7b"], replace(WORK, micro_batch_tokens=8192, longest=8000, response=4000, samples=64)
+    wanted = TrainerSetup(ranks=8, zero_stage=1)
+
+    def setup(gb):
+        return fitting_setup(shape, replace(DEVICE, memory=gb * 1e9), Rates(), work, wanted)
+
+    assert setup(200) == wanted
+    assert setup(80) == replace(wanted, zero_stage=3)
+    assert setup(45) == replace(wanted, zero_stage=3, checkpointing=True)
+    assert setup(1) is None
+
+
+def test_the_split_and_the_degree():
+    h100, work = named_device("H100"), replace(WORK, prompts=128, samples=8, prompt=500, response=1500, longest=3000)
+    assert needed_tensor_parallel(named_shape("7b"), h100, Rates(), 1) == 1
+    assert needed_tensor_parallel(named_shape("70b"), h100, Rates(), 1) == 4
+    assert needed_tensor_parallel(named_shape("7b"), h100, Rates(), 2) == 2
+    found = plan_gpus(named_shape("7b"), h100, Rates(), work, TrainerSetup(checkpointing=True), 8)
+    every = [
+        plan_gpus(named_shape("7b"), h100, Rates(), work, TrainerSetup(checkpointing=True), 8, tensor_parallel=degree)
+        for degree in (2, 4)
+    ]
+    assert found.split.engine_gpus + found.split.setup.ranks == 8
+    assert all(found.split.step_s <= other.split.step_s for other in every)
+    assert plan_gpus(named_shape("1.5b"), h100, Rates(), work, TrainerSetup(), 1).split is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"num_experts": 8}, "num_experts=8"), ({"layer_types": ["linear_attention"]}, "linear_attention")],
+)
+def test_shapes_that_are_not_covered_are_refused(keys, said):
+    with pytest.raises(ModelError, match=said):
+        shape_of({**tiny_llama().config.to_dict(), **keys}, "m")
+    with pytest.raises(ModelError, match="has no 'num_attention_heads'"):
+        shape_of({"model_type": "mamba"}, "m")
+
+
+@pytest.mark.parametrize("change", ["mfu=1", "train_mfu=x", "train_mfu=-1"])
+def test_a_rate_that_is_none_is_refused(change):
+    with pytest.raises(ConfigError, match=f"--rate {change}: allowed: key=number"):
+        changed_rates(Rates(), [change])
+
+
+def test_every_device_says_where_its_figures_come_from():
+    assert all(device.source and device.flops > 1e13 and device.memory > 1e10 for device in DEVICES.values())
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A calibration of little work, and its file."""
+    file = tmp_path_factory.mktemp("calibration") / "cpu.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        found = little_calibration(monkeypatch)
+    calibration.write_calibration(found, file)
+    return found, file
+
+
+def little_calibration(monkeypatch):
+    monkeypatch.setattr(calibration, "SECONDS_EACH", 0.0)
+    for name, value in (("TRAIN_ROWS", 128), ("COPY_BYTES", 1 << 16)):
+        monkeypatch.setattr(calibration, name, value)
+    monkeypatch.setattr(calibration.layer_flops, "__defaults__", (64,))
+    return calibration.calibrate(shape_of(tiny_llama().config.to_dict(), "tiny"), "float32", 1, 1, 8)
+
+
+def test_a_calibration_measures_and_is_read_again(measured, tmp_path):
+    found, file = measured
+    assert calibration.read_calibration(file) == found
+    assert found.device.is_cpu and found.device.itemsize == 4
+    assert min(found.device.flops, found.device.decode_flops, found.device.bandwidth, found.rates.train_mfu) > 0
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    with pytest.raises(ConfigError, match="not a file that fastreason plan --calibrate wrote"):
+        calibration.read_calibration(other)
+
+
+def plan(capsys, *arguments):
+    code = main(["plan", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_the_command_plans_four_models_for_three_sizes(capsys):
+    config = ROOT / "configs" / "math_grpo_gpu.yaml"
+    sizes, gpus = ["1.5b", "7b", "32b", "70b"], [8, 64, 512]
+    code, text = plan(capsys, config, "--gpu", "h100", "--gpus", *gpus, "--model-shape", *sizes)
+    assert code == 0 and "train_mfu=0.4" in text and "half of the longest allowed" in text
+    rows = [line for line in text.splitlines() if re.match(r"(qwen2.5|llama-3)-\S+ +\d+  ", line)]
+    assert len(rows) == 12
+    code, text = plan(capsys, config, "--gpu", "h100", "--model-shape", "7b", "--rate", "train_mfu=0.2")
+    assert code == 0 and "train_mfu=0.2" in text
+    for part in ("weights", "gradients", "optimizer", "activations", "loss", "kv cache", "whole logits would take"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a config file"),
+        (["C", "--model-shape", "7b"], "for what"),
+        (["C", "--model-shape", "7b", "--gpu", "abacus"], "no such device"),
+        (["C", "--gpu", "h100"], "--model-shape"),
+        (["C", "--gpu", "h100", "--model-shape", "9b"], "no such shape"),
+        (["--against", "nowhere"], "no run there"),
+        (["C", "--gpu", "h100", "offline.objective=sft", "offline.path=x"], "only runs that generate"),
+    ],
+)
+def test_what_the_command_cannot_plan_it_says(capsys, arguments, said):
+    config = str(ROOT / "configs" / "math_grpo_gpu.yaml")
+    code, text = plan(capsys, *[config if argument == "C" else argument for argument in arguments])
+    assert code == 2 and said in text
+
+
+def test_a_run_is_compared_with_its_own_estimate(tmp_path, capsys, measured):
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    run.mkdir()
+    raw = {
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "data": {"task": "chain_sum"},
+        "rollout": {"samples_per_prompt": 4, "max_new_tokens": 8},
+        "train": {"steps": 3, "prompts_per_step": 2},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    row = {"rollout/response_tokens_mean": 5.0, "train/tokens": 8 * 12.0, "train/tokens_computed": 54.0}
+    row |= {f"time/{name}_s": 1.0 for name in ("train", "generate", "publish", "step")} | {"memory/peak_gib": 2.0}
+    lines = [{**row, "step": step, "time/train_s": 100.0 if step == 1 else 0.5} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, text = plan(capsys, "--against", run, "--gpu", measured[1])
+    assert code == 0 and "prompt 7, response 5" in text and "2 steps of" in text
+    found = re.search(r"train_s +(\S+) +0.5 +([+-]\d+) %", text)
+    assert float(found[2]) == pytest.approx(100 * (float(found[1]) / 0.5 - 1), abs=1)
