@@ -99,14 +99,14 @@ class Clock:
         found |= {**self.seconds, "total": total}
 
 
-def synthetic_batches(options: argparse.Namespace, case: Case) -> list[MicroBatch]:
-    """Random tokens: `groups` prompts of `prompt` tokens with `samples` responses each."""
+def synthetic_batches(options: argparse.Namespace, case: Case, vocab: int) -> list[MicroBatch]:
+    """Random tokens of a vocabulary: `groups` prompts of `prompt` tokens with `samples` responses each."""
     torch.manual_seed(0)
     rows = []
     for _ in range(options.groups):
-        prompt = torch.randint(3, 1000, (options.prompt,)).tolist()
+        prompt = torch.randint(3, vocab, (options.prompt,)).tolist()
         for number in range(options.samples):
-            response = torch.randint(3, 1000, (case.response,)).tolist()
+            response = torch.randint(3, vocab, (case.response,)).tolist()
             rows.append(Row(prompt, response, [-7.0] * len(response), (-1.0) ** number))
     units = units_of(rows, case.layout)
     plan = plan_micro_batches([unit_length(unit) for unit in units], case.budget, case.layout)
@@ -186,7 +186,7 @@ def run_case(options: argparse.Namespace, case: Case) -> None:
     train = TrainConfig(steps=100, prompts_per_step=options.groups, lr=1e-6, zero_stage=case.zero)
     updater = updating.DeepSpeedUpdater(policy, train, dtype, 100)
     clock = Clock(policy, updater.engine, torch.cuda.synchronize if on_gpu else lambda: None)
-    batches = synthetic_batches(options, case)
+    batches = synthetic_batches(options, case, shape.vocab)
     num_tokens = sum(batch.num_tokens for batch in batches)
     updates = []
     for number in range(options.repeats + 1):

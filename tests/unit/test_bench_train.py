@@ -75,7 +75,7 @@ def test_a_line_holds_medians_shares_and_the_mfu(bench):
 def test_the_batches_hold_what_the_workload_counts(bench, layout, tokens):
     options = bench.parse(["--groups", "2", "--samples", "3", "--prompt", "5"])
     case = bench.Case(layout, 2, 4, 20)
-    batches = bench.synthetic_batches(options, case)
+    batches = bench.synthetic_batches(options, case, 50)
     work = bench.workload(options, case)
     assert sum(batch.num_tokens for batch in batches) == tokens == work.trained_tokens
     assert sum(len(batch.ids_N) for batch in batches) == 24 == work.response_tokens

@@ -73,7 +73,7 @@ def test_operations_are_those_that_torch_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_keeps_about_as_many_bytes_as_torch_saves(dtype):
+def test_a_layer_keeps_as_many_bytes_as_torch_saves(dtype):
     """Between two depths, so that head and embedding drop out."""
     sizes = []
     for layers in (1, 3):
@@ -102,7 +102,7 @@ def test_a_layer_keeps_about_as_many_bytes_as_torch_saves(dtype):
         assert output.requires_grad
     shape = shape_of(config.to_dict(), "tiny")
     expected = layer_bytes(shape, TrainerSetup(itemsize=dtype.itemsize, fused=False))
-    assert (sizes[1] - sizes[0]) / 2 / 48 == pytest.approx(expected, rel=0.25)
+    assert (sizes[1] - sizes[0]) / 2 / 48 == pytest.approx(expected, rel=0.01)
 
 
 def test_the_memory_of_a_rank_by_hand():
@@ -123,7 +123,7 @@ def test_the_memory_of_a_rank_by_hand():
     # A layer and token: 2 (4 4 + 2 4 + 2 2 + 3 8) = 104.
     assert two["activations"] == 10 * 2 * 104
     assert parts(checkpointing=True)["activations"] == 10 * (2 * 2 * 4 + 104)
-    assert parts(fused=False)["activations"] == 10 * 2 * (104 + 16 + 64)
+    assert parts(fused=False)["activations"] == 10 * 2 * (104 + 16 + 32)
     assert parts(scores=6)["activations"] == 10 * 2 * (104 + 2 * 2 * 2 * 6)
     # 4 5 10 of logits, 2 2 5 4 of states, 4 40 of the head.
     assert two["loss"] == 200 + 80 + 160
