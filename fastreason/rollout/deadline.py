@@ -38,7 +38,8 @@ class Deadline:
 
     def look(self) -> Exception | None:
         """Count the time since the last look; returns a `LateError` or `FrozenError` once there is no more."""
-        counted_s = self._waited.look()
+        # Looks are `next_look_s` apart; what is beyond is time in which we were stopped, and with us perhaps everybody.
+        counted_s = min(self._waited.look(), 2 * LOOK_S)
         coreless_s = _coreless_s(self._pid)
         if _is_stopped(self._pid):
             self._stopped_s += counted_s
