@@ -8,7 +8,7 @@ lie on the ranks: it names the parameters that must be whole for a weight to be 
 import copy
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ class Weight(NamedTuple):
     """A weight by its Hugging Face name; `make` gives it, without changing anything, while `parameters` are whole."""
 
     name: str
-    parameters: list[nn.Parameter]
+    parameters: Sequence[Tensor]
     make: Callable[[], Tensor]
 
 
@@ -60,8 +60,9 @@ def check_lora(lora: LoraConfig, model: ModelConfig, folder: Path | None) -> Non
 
 def target_layers(model: Any, lora: LoraConfig) -> list[str]:
     """Ends of the names of the layers that get an adapter, as peft takes them; raises ConfigError for what there is not."""
-    head, heads = model.get_output_embeddings(), set()
-    names = set()
+    head = model.get_output_embeddings()
+    heads: set[str] = set()
+    names: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             last = name.rpartition(".")[2]
@@ -101,7 +102,7 @@ def split_head(head: Any) -> tuple[Any, LoraHead | None]:
     """A model's head, and the factors of its adapter where it has one."""
     if not is_adapted(head):
         return head, None
-    return head.get_base_layer(), LoraHead(*factors(head))
+    return head.get_base_layer(), factors(head)
 
 
 def is_adapted(module: Any) -> bool:
@@ -109,9 +110,9 @@ def is_adapted(module: Any) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float]:
+def factors(layer: Any) -> LoraHead:
     """(a [r, D], b [V, r], scale) of a layer with an adapter."""
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+    return LoraHead(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
 
 
 def is_trained_in_part(module: nn.Module) -> bool:
@@ -153,7 +154,7 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, number: int = 0, 
 
 def merged_weights(model: nn.Module, spread: Spread | None = None) -> list[Weight]:
     """Every weight of a model, with or without an adapter, under its name without one; a tied one once. spread: of `merged`."""
-    adapted = {
+    adapted: dict[str, LoraHead] = {
         f"{name}.base_layer.weight": factors(module) for name, module in model.named_modules() if is_adapted(module)
     }
     adapted |= {f"{name}.weight": pair for name, pair in head_pairs(model)}

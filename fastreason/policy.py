@@ -39,13 +39,17 @@ class FusedHead(nn.Module):
         self.weight = weight
         self.bias = bias
         # Parameters of this module, so that ZeRO-3 gathers them where they are used.
-        self.lora_a, self.lora_b, self._scale = lora or (None, None, 1.0)
+        self.lora_a: Tensor | None = lora.a if lora else None
+        self.lora_b: Tensor | None = lora.b if lora else None
+        self._scale = lora.scale if lora else 1.0
         self._adapts = True
 
     @property
     def pair(self) -> LoraHead | None:
         """The adapter's factors, also while it is off."""
-        return None if self.lora_a is None else LoraHead(self.lora_a, self.lora_b, self._scale)
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        return LoraHead(self.lora_a, self.lora_b, self._scale)
 
     def enable_adapters(self, enabled: bool) -> None:
         """As peft's layers do; see `lora.adapter_off`."""

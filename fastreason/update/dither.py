@@ -28,6 +28,14 @@ def dither_(weights: Tensor, generator: torch.Generator) -> None:
         chunk.copy_(torch.where(kept, moved, chunk))
 
 
+@torch.no_grad()
 def spread(weights: Tensor, number: int) -> None:
-    """`dither_` with a seed made of the weights' number, so that one publication differs from the next by the update alone."""
-    dither_(weights, torch.Generator(weights.device).manual_seed(number))
+    """What `dither_` does, to fp32 weights that are bf16 numbers, several times faster: the low half of their bits is drawn.
+
+    The seed is made of the weights' number, so that one publication differs from the next by the update alone. A 0 stays.
+    """
+    generator = torch.Generator(weights.device).manual_seed(number)
+    for chunk in weights.view(-1).split(CHUNK):
+        # Of 65,536 offsets of the bits, all but the two at the ends surely round back.
+        noise = torch.randint(-32767, 32768, chunk.shape, generator=generator, dtype=torch.int32, device=chunk.device)
+        chunk.view(torch.int32).add_(noise.mul_(chunk != 0))
