@@ -223,6 +223,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.beats import Beat
     from fastreason.checkpoint import CheckpointStore
     from fastreason.companions import load_critic, load_target
+    from fastreason.device import prepare_device
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
     from fastreason.policy import choose_layout, load_policy
@@ -233,7 +234,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     run_dir = Path(session.run_dir)
     stop = StopFlag(session.stop_file)
     Beat(session.folder, f"trainer-{os.environ.get('RANK', '0')}").in_thread()
-    device = prepare_device(session.device, config)
+    device = prepare_device(session.device, config.train)
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
     algorithm = resolve_algorithm(config)
@@ -340,31 +341,6 @@ def make_rollouts(session: Session, config: Config, stop: StopFlag) -> Any:
         stop,
         may_rejoin=config.run.max_restarts > 0,
     )
-
-
-def prepare_device(device: str, config: Config) -> Any:
-    """Bind this rank to its GPU, or to its cores and threads; returns the torch device.
-
-    With `train.spare_cores` every thread is of the scheduler's idle class: it runs where nobody else wants to, and where a
-    core is taken the system moves its thread beside the others.
-    """
-    import torch
-
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    from fastreason.cores import available_cores, require_cores
-
-    cores = require_cores(config.train.cores, "train.cores") if config.train.cores else available_cores()
-    mine = cores[local_rank :: config.train.ranks] or cores
-    if config.train.spare_cores:
-        spare = require_cores(config.train.spare_cores, "train.spare_cores")
-        mine = sorted({*mine, *spare[local_rank :: config.train.ranks]})
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    os.sched_setaffinity(0, mine)
-    torch.set_num_threads(config.train.threads or len(mine))
-    return torch.device("cpu")
 
 
 def write_run_summary(run_dir: Path, config: Config, loop: Any) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fastreason.compose import collective_timeout_s, prepare_device, save_adapter_of, versions
+from fastreason.compose import collective_timeout_s, save_adapter_of, versions
 from fastreason.config import Config, num_updates
 from fastreason.data.traces import TraceOrder, Traces, num_examples
+from fastreason.device import prepare_device
 from fastreason.metrics import MetricsLog, Progress, write_summary
 from fastreason.objectives import resolve_objective
 from fastreason.offline import OfflineLoop, OfflineParts, score_reference
@@ -33,7 +34,7 @@ def run_offline(session: Session, config: Config) -> Outcome:
     run_dir, model_dir = Path(session.run_dir), Path(session.model_dir)
     stop = StopFlag(session.stop_file)
     Beat(session.folder, f"trainer-{os.environ.get('RANK', '0')}").in_thread()
-    device = prepare_device(session.device, config)
+    device = prepare_device(session.device, config.train)
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
     objective, traces = resolve_objective(config), Traces(run_dir / TRACES)

@@ -44,11 +44,7 @@ class EvalStore:
         self.kept: dict[str, set[int]] = {}
         self._decoder = msgspec.json.Decoder(EvalSample)
         self._file = LineFile(folder / SAMPLES_FILE)
-        try:
-            self._file.scan(self._index)
-        except BaseException:
-            self._file.close()
-            raise
+        self._file.scan(self._index)
 
     def __len__(self) -> int:
         return sum(map(len, self.kept.values()))

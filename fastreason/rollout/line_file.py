@@ -41,10 +41,17 @@ class LineFile:
             ) from None
 
     def scan(self, take: Callable[[Line], None]) -> None:
-        """Hand over every whole line in order; a last one without its end, which is what a kill leaves, is cut off."""
-        for line in read_whole_lines(self.path):
-            take(line)
-            self._size = line.offset + len(line.content)
+        """Hand over every whole line in order; a last one without its end, which is what a kill leaves, is cut off.
+
+        Closes the file where `take` raises.
+        """
+        try:
+            for line in read_whole_lines(self.path):
+                take(line)
+                self._size = line.offset + len(line.content)
+        except BaseException:
+            self._file.close()
+            raise
         self._file.truncate(self._size)
 
     def append(self, content: bytes) -> int:

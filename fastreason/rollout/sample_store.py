@@ -91,11 +91,7 @@ class SampleStore:
         self.kept: dict[str, dict[int, Kept]] = {}
         self._problems: dict[str, bytes] = {}
         self._file = LineFile(self.path)
-        try:
-            self._file.scan(partial(self._index, msgspec.json.Decoder(Response)))
-        except BaseException:
-            self._file.close()
-            raise
+        self._file.scan(partial(self._index, msgspec.json.Decoder(Response)))
 
     def __len__(self) -> int:
         return sum(map(len, self.kept.values()))

@@ -32,8 +32,8 @@ COMPARED = {"grpo_kl": "reference", "kdrl": "teacher", "kd_rkl": "teacher", "kdr
 # Some numbers are differences of fp32 log-probabilities of some 5 nats, whose last bit is 5e-7: another CPU gives others, 1e-7
 # apart between one with AVX512 and one with AVX2.
 RTOL, ATOL = 1e-6, 2e-7
-# And this one is 0.1 times a difference of two such differences, each a sum over a response of up to 9 tokens.
-ATOL_OF = {"pairs/margin": 1e-6}
+# A margin is beta = 0.1 times four sums of such log-probabilities over at most 9 tokens, each known to half its last bit.
+ATOL_OF = {"pairs/margin": 0.1 * 4 * 9 * 2.4e-7}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 

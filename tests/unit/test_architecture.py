@@ -29,6 +29,8 @@ ALLOWED = {
     "config": {"types", "errors", "sections"},
     "sections": set(),
     "cores": {"errors"},
+    "arguments": {"__version__"},
+    "device": FOUNDATION | {"cores"},
     "metrics": FOUNDATION,
     "exchange": FOUNDATION,
     "transport": FOUNDATION,

@@ -277,10 +277,10 @@ def test_a_trainer_on_lent_cores_runs_only_where_nobody_else_wants_to(make):
     first, last = cores[0], cores[-1]
     script = (
         "import os, sys, torch\n"
-        "from fastreason.compose import prepare_device\nfrom fastreason.config import parse_config\n"
+        "from fastreason.device import prepare_device\nfrom fastreason.config import parse_config\n"
         "config = parse_config({'model': {'path': 'none'}, 'data': {'task': 'chain_sum'}, 'train': {'steps': 1, "
         "'prompts_per_step': 1, 'cores': sys.argv[1], 'spare_cores': sys.argv[2] or None}})\n"
-        "prepare_device('cpu', config)\n"
+        "prepare_device('cpu', config.train)\n"
         "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads(), os.sched_getscheduler(0) == os.SCHED_IDLE)"
     )
     for lent, mine in (("", [last]), (str(first), sorted({first, last}))):

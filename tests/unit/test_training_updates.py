@@ -283,6 +283,9 @@ def job_rows() -> dict[str, Any]:
     for stage, layout, budget in WAYS[dist.get_world_size()]:
         for name, (algorithm, _) in ROWS.items():
             train = {"prompts_per_step": len(KL_REWARDS), "max_grad_norm": 0.5, "micro_batch_tokens": budget}
+            # Adam's first update has the sign of each gradient, also of one that is nothing but rounding: at a larger rate
+            # what the ways differ by in the last bit grows to 1e-3 of a later gradient on some CPUs.
+            train["lr"] = 1e-4
             config = make_config("float32", stage, algorithm={"name": name, **algorithm}, train=train)
             beside: dict[str, Any] = {"target": make_target(stage)}
             if name == "ppo":
@@ -486,11 +489,8 @@ def test_no_way_of_cutting_up_a_step_changes_what_models_make_of_rewards(found, 
     ways |= {("two ranks", *key[1:]): value for key, value in of_two_ranks["rows"].items() if key[0] == name}
     assert len(ways) == sum(map(len, WAYS.values()))
     (expected, *others) = ways.values()
-    # Adam's first update has the sign of each gradient, that of rounding too: the small gradient of a later update is known to
-    # a share of the largest. On a CPU with AVX512-BF16, 0.2921 and 0.2917 behind 22.0.
-    carried = 1e-4 * max(expected["norms"])
     for way in others:
-        assert way["norms"] == pytest.approx(expected["norms"], rel=1e-3, abs=carried)
+        assert way["norms"] == pytest.approx(expected["norms"], rel=1e-3)
         for line, wanted in zip(way["lines"], expected["lines"], strict=True):
             for key in ("loss/policy", "loss/entropy", "train/empty_updates", *ROWS[name][1]):
                 assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key
