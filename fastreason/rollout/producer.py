@@ -256,7 +256,7 @@ class Producer:
         books = self._books
         books.count("reward/timeouts", self._grader.num_timeouts - self._num_timeouts)
         self._num_timeouts = self._grader.num_timeouts
-        figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE}
+        figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE} | self._engine.figures()
         return wire.Batch(
             groups=groups,
             generate_s=self._sampling.generating.take(),
