@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             "regrade": regrade_command,
             "doctor": doctor_command,
             "plan": plan_command,
+            "serve": serve_command,
         }
         if options.command in commands:
             return commands[options.command](options)
@@ -183,6 +184,12 @@ def plan_command(options: argparse.Namespace) -> int:
     if options.against and options.config:
         raise ConfigError("plan --against RUN: the run's own config.yaml is read. Leave the config file out.")
     return run_plan(options)
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    from fastreason.serve import read_serve_config, run_serve
+
+    return run_serve(read_serve_config(options), options)
 
 
 def report_command(options: argparse.Namespace) -> int:

@@ -93,6 +93,7 @@ def make_engine(session: Session, config: Config, on_event: Callable[[str, str],
     # The producer before this one has had their answers.
     takes_over, number, remote = session.ready_file.exists(), len(session.engine_urls), bool(config.resources.urls)
     several = number > 1 or remote
+    verify = verify_remote(session, config) if remote else None
     clients = []
     for index, url in enumerate(session.engine_urls):
         label = engine_label(index, number)
@@ -107,10 +108,29 @@ def make_engine(session: Session, config: Config, on_event: Callable[[str, str],
                 takes_over=takes_over,
                 spare=several,
                 log="see its log there" if remote else f"see logs/{label}.log in the run's folder",
+                key_hint=f": set {KEY_VARIABLE} to that of the server" if remote else "",
                 name=config.rollout.engine,
+                verify=verify,
             )
         )
     return Fleet(list(clients), config.rollout.startup_timeout_s, takes_over) if several else clients[0]
+
+
+def verify_remote(session: Session, config: Config) -> Any:
+    """The look at a server elsewhere before it is used."""
+    import secrets
+
+    from fastreason.models import max_model_len, read_model_config
+    from fastreason.rollout.identity import PROBE_FILE, describe_model, make_verify
+
+    probe = Path(session.exchange_dir) / PROBE_FILE
+    probe.write_text(secrets.token_hex(8), encoding="utf-8")
+    mine = {
+        **describe_model(session.model_dir, session.model_dir),
+        "max_model_len": max_model_len(config, read_model_config(Path(session.model_dir))),
+        "dtype": config.model.dtype,
+    }
+    return make_verify(mine, probe)
 
 
 def say_of_one(on_event: Callable[[str, str], None], url: str, event: str, detail: str) -> None:

@@ -59,9 +59,18 @@ def engine_label(index: int, number: int) -> str:
 
 
 def make_server(
-    config: Config, model_dir: Path, log_path: Path, *, device: str, exchange_dir: str, temporary_dir: str, key: str
+    config: Config,
+    model_dir: Path,
+    log_path: Path,
+    *,
+    device: str,
+    exchange_dir: str,
+    temporary_dir: str,
+    key: str,
+    longest: int | None = None,
+    **where: str,
 ) -> EngineServer:
-    """A server of the configured engine, not yet started."""
+    """A server of the configured engine, not yet started; `longest` sequence in tokens: by default what the run needs."""
     if config.rollout.engine == "vllm":
         from fastreason.rollout.vllm import make_server
     else:
@@ -70,9 +79,10 @@ def make_server(
         config,
         str(model_dir),
         log_path,
-        max_model_len=max_model_len(config, read_model_config(model_dir)),
+        max_model_len=longest or max_model_len(config, read_model_config(model_dir)),
         device=device,
         exchange_dir=exchange_dir,
         temporary_dir=temporary_dir,
         key=key,
+        **where,
     )

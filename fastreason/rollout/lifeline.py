@@ -61,7 +61,7 @@ class Lifeline:
     server is an EngineError. `on_event(name, text)` hears of "engine_lost" (why) and "engine_back" (after how long).
     `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. `spare`: other
     servers do the work meanwhile, so that a recovery never ends but with a server, and one that hangs and is nobody's to
-    restart may be found alive again. `log` is where to read about the server.
+    restart may be found alive again. `log` is where to read about the server, `key_hint` what to do where it refuses the key.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class Lifeline:
         takes_over: bool = False,
         spare: bool = False,
         log: str = "see logs/engine.log in the run's folder",
+        key_hint: str = "",
     ) -> None:
-        self._spare, self._log = spare, log
+        self._spare, self._log, self._key_hint = spare, log, key_hint
         self._trouble: str | None = None
         self._connect, self._revive = connect, revive
         self._startup_timeout_s, self._hang_timeout_s = startup_timeout_s, hang_timeout_s
@@ -227,7 +228,7 @@ class Lifeline:
             while True:
                 seen = await connection.look()
                 if seen is not None and seen[0] == 401:
-                    raise EngineError(f"the {connection.server} refused the key of this run (401)")
+                    raise EngineError(f"the {connection.server} refused the key of this run (401){self._key_hint}")
                 if seen is not None and seen[0] == 200 and (other_than is None or seen[1] != other_than):
                     connection.instance = seen[1]
                     return connection

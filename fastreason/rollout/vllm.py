@@ -46,13 +46,18 @@ def make_server(
     exchange_dir: str,
     key: str,
     temporary_dir: str | None = None,
+    **where: str,
 ) -> EngineServer:
-    """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use."""
+    """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
+
+    where: `host` and `label` of EngineServer, for one that runs elsewhere talk to.
+    """
     options: dict[str, Any] = {
         "dtype": config.model.dtype,
         "max_model_len": max_model_len,
         "seed": config.run.seed,
         "device": device,
+        "host": where.get("host", LOOPBACK),
     }
     return EngineServer(
         "vLLM server",
@@ -64,6 +69,7 @@ def make_server(
         config.rollout,
         key=key,
         explain=vllm_server.explain_end,
+        **where,
     )
 
 
@@ -99,6 +105,7 @@ class VllmEngine:
         takes_over: bool = False,
         spare: bool = False,
         log: str = "see logs/engine.log in the run's folder",
+        key_hint: str = "",
         name: str = "vllm",
         verify: Callable[[Connection], Awaitable[None]] | None = None,
     ) -> None:
@@ -120,6 +127,7 @@ class VllmEngine:
             takes_over=takes_over,
             spare=spare,
             log=log,
+            key_hint=key_hint,
         )
 
     @property

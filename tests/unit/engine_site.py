@@ -26,10 +26,11 @@ def expected(params=PARAMS):
 class Site:
     """A server at a fixed address of this process, which can be put up, taken down at once, and made deaf."""
 
-    def __init__(self, monkeypatch, token_s=TOKEN_S):
+    def __init__(self, monkeypatch, token_s=TOKEN_S, **setup):
+        self._setup = {"token_ids": TOKENS, "eos_token_id": EOS, "max_model_len": 64, "token_s": token_s, **setup}
         self._hold = hold_port(0)
         self.port, self.url = self._hold.getsockname()[1], f"http://127.0.0.1:{self._hold.getsockname()[1]}"
-        self._monkeypatch, self._token_s = monkeypatch, token_s
+        self._monkeypatch = monkeypatch
         self.instance, self.requests, self.engines = 0, [], []
         self._runner = None
         self.deaf = asyncio.Event()  # cleared: no answer begins
@@ -39,8 +40,7 @@ class Site:
     async def up(self):
         self.instance += 1
         self._monkeypatch.setenv(INSTANCE_VARIABLE, str(self.instance))
-        setup = fake_server.Setup(token_ids=TOKENS, eos_token_id=EOS, max_model_len=64, token_s=self._token_s)
-        self.engines.append(fake_server.FakeServer(setup))
+        self.engines.append(fake_server.FakeServer(fake_server.Setup(**self._setup)))
         application = self.engines[-1].application()
 
         @web.middleware

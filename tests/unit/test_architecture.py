@@ -72,7 +72,9 @@ ALLOWED = {
     "objectives": MEANING | {"policy"},
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
-    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions", "engines"), EVERYTHING),
+    **dict.fromkeys(
+        ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "serve"), EVERYTHING
+    ),
     **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
