@@ -50,7 +50,7 @@ ALLOWED = {
     "reference": FOUNDATION,
     "report": FOUNDATION | {"metrics", "trace", "ledger", "evaluation"},
     "probes": FOUNDATION | {"processes"},
-    "machine": FOUNDATION,
+    "machine": FOUNDATION | {"resources"},
     "doctor": FOUNDATION | {"machine", "probes"},
     **dict.fromkeys(PURE, {"types", "errors", "config", "sections"} | PURE),
     "algorithms": MEANING | {"algorithm_checks"},
