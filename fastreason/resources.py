@@ -92,10 +92,10 @@ def check_resources(config: Config, device: str) -> None:
         _check_remote(config)
         return
     engine_shares(config, device)
-    if num_engines(config) > 1 and rollout.transport in ("ipc", "nccl"):
+    if num_engines(config) > 1 and rollout.transport == "ipc":
         raise ConfigError(
-            f"rollout.transport={rollout.transport}: it reaches one engine, and resources.engines={resources.engines}. "
-            "Use auto, shm or file."
+            f"rollout.transport=ipc: it reaches one engine, on the trainer's GPU, and resources.engines={resources.engines}. "
+            "Use nccl, auto, shm or file."
         )
 
 
