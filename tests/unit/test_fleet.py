@@ -212,6 +212,16 @@ def test_an_engine_that_cannot_load_is_done_without_until_it_can(monkeypatch, fo
     assert "could not load version 2" in events[0][2] and "no room" in events[0][2]
 
 
+def test_an_engine_that_is_behind_gets_no_request(monkeypatch, folder):
+    async def body(sites, fleet, events):
+        await fleet.load_weights(publish(folder, 1))
+        fleet._engines[0].version = 0
+        await fleet.generate("t1", PROMPT, ONE)
+        return [prompts(site) for site in sites]
+
+    assert with_fleet(monkeypatch, body) == [[], ["t1"]]
+
+
 def test_weights_that_no_engine_can_load_are_an_error_at_once(monkeypatch, folder):
     good = publish(folder, 1)
 
