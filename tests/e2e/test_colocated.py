@@ -1,0 +1,74 @@
+"""Engine and trainer in turn on one device, in real processes: the fake engine's server sleeps while the trainer computes.
+
+Its device has room for one: a request, a start or a waking while the other is there is an error that ends the run, and so are
+a response without weights and weights without memory.
+"""
+
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from fastreason.ledger import audit_ledger, read_ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+CLOCKED = ("time/", "memory/", "rollout/tok_per_s", "train/tok_per_s", "rollout/engine_restarts", "rollout/producer_")
+
+
+def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
+
+
+def spans(run: Any, name: str) -> list[tuple[int, int]]:
+    """From and to of the timeline's spans of a name, microseconds."""
+    events = json.loads((run.run_dir / "trace.json").read_text())["traceEvents"]
+    return sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["name"] == name)
+
+
+def test_a_run_in_turns_is_the_same_run(train_run):
+    same = {
+        "eval": {"num_prompts": 4, "every": 2},
+        "train": {"ranks": 2},
+        "checkpoint": {"every": 2, "save_model": False},
+    }
+    run = train_run(**same, resources={"mode": "colocated", "sleep": "on"}, log={"trace": True})
+    plain = train_run(**same)
+    run.start()
+    plain.start()
+    assert run.wait(150, beside=plain) == 0, run.output + run.logs()
+    assert plain.wait(60) == 0, plain.output + plain.logs()
+    assert steady(run.metrics()) == steady(plain.metrics())
+    for row in run.metrics():
+        assert row["time/sleep_s"] > 0 and row["time/wake_s"] > 0
+    asleep, trained, generated = spans(run, "asleep"), spans(run, "train"), []
+    assert (len(asleep), len(trained)) == (4, 3), "from the start to the first evaluation, and in each step"
+    for ticket in range(9):
+        generated += spans(run, f"t{ticket}")
+    assert len(generated) == 18  # by the engine and by the graders
+    for first, last in trained:
+        assert any(start <= first and last <= end for start, end in asleep), (
+            "it was trained beside an engine that is awake"
+        )
+    assert run.left_behind(2) == [] and run.files_left() == []
+
+
+def test_an_engine_that_dies_asleep_comes_back_when_the_trainer_has_gone(small_run):
+    """Killed and stopped in its sleep, with training longer than a process may be silent: no start beside the trainer."""
+    run = small_run(
+        run={"hang_timeout_s": 2.0, "max_restarts": 1},
+        resources={"mode": "colocated", "sleep": "on"},
+        train={"steps": 6, "prompts_per_step": 3},
+        checkpoint={"save_model": False, "every": 3},
+    )
+    run.start()
+    for step, number in ((2, signal.SIGKILL), (4, signal.SIGSTOP)):
+        run.until(lambda step=step: run.phase() == ("train", step), what=f"training in step {step}")
+        (engine,) = run.find("rollout.fake_server")
+        engine.send_signal(number)
+    assert run.wait(150) == 0, run.output + run.logs()
+    audit = audit_ledger(read_ledger(run.run_dir))
+    assert (audit.num_trained, audit.lost, audit.twice) == (18, [], [])
+    assert run.metrics()[-1]["rollout/engine_restarts"] == 2
+    assert run.left_behind(2) == [] and run.files_left() == []
