@@ -249,6 +249,10 @@ class VllmEngine:
         yield lambda: seconds
         await wake("kv_cache")
 
+    async def _resume(self, connection: Connection) -> None:
+        if not self._sleeps:  # else its waking does that, once there is a KV cache
+            await connection.ask("/resume")
+
     async def load_weights(self, update: WeightUpdate) -> LoadReport:
         """As the protocol says; when the server dies meanwhile, its successor starts with `update`.
 
@@ -301,7 +305,7 @@ class VllmEngine:
             elif wanted is not None and held != {wanted.checksum}:
                 await self._load(connection, wanted)
             else:
-                await connection.ask("/resume")
+                await self._resume(connection)
         if wanted is not None:
             self.version = wanted.version
 
@@ -320,7 +324,7 @@ class VllmEngine:
         try:
             await call_workers(connection, "fastreason_restore")
         finally:
-            await connection.ask("/resume")
+            await self._resume(connection)
 
     async def _load(self, connection: Connection, update: WeightUpdate) -> LoadReport:
         """Pause, load, verify, resume, and stamp what is in flight from there on."""
@@ -341,7 +345,7 @@ class VllmEngine:
                 self.version = update.version
             finally:
                 # Also when we were told to stop before the pause was answered: it may have been heard.
-                await connection.ask("/resume")
+                await self._resume(connection)
         finally:
             connection.allowance_s = 0.0
         report = LoadReport(

@@ -54,21 +54,31 @@ def test_a_run_in_turns_is_the_same_run(train_run):
     assert run.left_behind(2) == [] and run.files_left() == []
 
 
-def test_an_engine_that_dies_asleep_comes_back_when_the_trainer_has_gone(small_run):
-    """Killed and stopped in its sleep, with training longer than a process may be silent: no start beside the trainer."""
+def test_whatever_dies_while_the_engine_sleeps_costs_nothing_and_starts_nothing_beside_the_trainer(small_run):
+    """The engine is killed and stopped, the producer killed, the run stopped and resumed; each amid training."""
     run = small_run(
         run={"hang_timeout_s": 2.0, "max_restarts": 1},
         resources={"mode": "colocated", "sleep": "on"},
-        train={"steps": 6, "prompts_per_step": 3},
-        checkpoint={"save_model": False, "every": 3},
+        train={"steps": 7},
+        checkpoint={"save_model": False},
     )
     run.start()
-    for step, number in ((2, signal.SIGKILL), (4, signal.SIGSTOP)):
+    strikes = [
+        (2, signal.SIGKILL, "rollout.fake_server"),
+        (3, signal.SIGKILL, "_process producer"),
+        (4, signal.SIGSTOP, "rollout.fake_server"),
+    ]
+    for step, number, words in strikes:
         run.until(lambda step=step: run.phase() == ("train", step), what=f"training in step {step}")
-        (engine,) = run.find("rollout.fake_server")
-        engine.send_signal(number)
-    assert run.wait(150) == 0, run.output + run.logs()
-    audit = audit_ledger(read_ledger(run.run_dir))
-    assert (audit.num_trained, audit.lost, audit.twice) == (18, [], [])
+        (victim,) = run.find(*words.split())
+        victim.send_signal(number)
+    run.until(lambda: run.phase() == ("train", 5), what="training in step 5")
+    run.stop()
+    assert run.wait(150) == 143, run.output + run.logs()
+    assert run.left_behind(2) == [] and run.files_left() == []
     assert run.metrics()[-1]["rollout/engine_restarts"] == 2
+    assert run.metrics()[-1]["rollout/producer_restarts"] == 1
+    assert run.run(resume=run.run_dir) == 0, run.output + run.logs()
+    audit = audit_ledger(read_ledger(run.run_dir))
+    assert (audit.num_trained, audit.lost, audit.twice) == (21, [], [])
     assert run.left_behind(2) == [] and run.files_left() == []

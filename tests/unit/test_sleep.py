@@ -11,11 +11,13 @@ from producer_stage import make_config, running
 from test_engine_recovery import KEY, PROMPT, folder, held, publish, with_engine  # noqa: F401 (folder: a fixture)
 from test_loop import World, make_loop
 
+from fastreason import compose
 from fastreason.config import RolloutConfig
-from fastreason.errors import EngineError
+from fastreason.errors import EngineError, InterruptedWaitError, StuckError
 from fastreason.rollout import fake_server
 from fastreason.rollout.vllm import VllmEngine
 from fastreason.rollout.vllm_worker import WeightWorker
+from fastreason.session import Session
 from fastreason.tenancy import Tenancy
 from fastreason.types import SamplingParams
 
@@ -40,7 +42,7 @@ def sleeping(monkeypatch, body, resting=lambda: False, **keys):
 
 
 SLEEP = ["fastreason_give_up", "/sleep?level=2&mode=wait"]
-LOAD = ["/pause?mode=keep&clear_cache=false", "fastreason_load", "/resume"]
+LOAD = ["/pause?mode=keep&clear_cache=false", "fastreason_load"]
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -61,7 +63,7 @@ def test_the_weights_have_memory_before_they_come_and_the_cache_has_it_after(mon
         return steps(site), set(completion.token_versions), await held(engine)
 
     asked, versions, state = sleeping(monkeypatch, body)
-    change = LOAD if published else ["/pause?mode=keep&clear_cache=true", "fastreason_restore", "/resume"]
+    change = LOAD if published else ["/pause?mode=keep&clear_cache=true", "fastreason_restore"]
     assert asked == ["/wake_up?tags=weights", *change, "/wake_up?tags=kv_cache", "/inference/v1/generate"]
     assert versions == {int(published)} and state == [{"checksum": update.checksum if published else None}]
 
@@ -319,3 +321,30 @@ def test_a_trainer_that_goes_on_leaves_before_it_publishes(tmp_path):
     world.happens = lambda call: (seen.setdefault(call.split()[0], file.exists()), happens(call))
     assert loop.run() is True
     assert (seen["load"], seen["publish"], seen["start"]) == (True, False, False)
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_no_rank_loads_before_the_engine_has_had_its_memory(tmp_path, monkeypatch, sleeps):
+    session = Session(
+        folder=str(tmp_path), run_dir="", model_dir="", engine_url=None, exchange_dir="", device="cuda",
+        attention="", liger=False, resume=False, colocated=True, sleeps=sleeps,
+    )  # fmt: skip
+    config = make_config(startup_timeout_s=0.5)
+    made = []
+    monkeypatch.setattr(compose, "make_rollouts", lambda *_: made.append(session.tenant_file.exists()) or "client")
+    monkeypatch.setenv("RANK", "0")
+    assert compose.await_engine(session, config, lambda: False) == "client"
+    assert made == [False] and session.tenant_file.exists() == sleeps, "from then on the GPUs are the trainer's"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InterruptedWaitError):
+        compose.await_engine(session, config, lambda: True)
+    asked = iter([False, False, True])
+    monkeypatch.setattr(Session, "ready_file", SimpleNamespace(exists=lambda: next(asked)))
+    assert compose.await_engine(session, config, lambda: False) is None and made == [False]
+    monkeypatch.setattr(Session, "ready_file", SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(compose.time, "sleep", lambda s: None)
+    monkeypatch.setattr("fastreason.patience.LONGEST_LOOK_S", 1e9)
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr("fastreason.patience.time.monotonic", lambda: next(clock))
+    with pytest.raises(StuckError, match=r"waited 60.5 s for the engine that this rank shares its GPU with"):
+        compose.await_engine(session, config, lambda: False)
