@@ -112,9 +112,12 @@ def sharing_notes(config: Config, placement: Placement, device: str) -> tuple[st
     """What is to be said of the memory of GPUs that engine and trainer share; raises ConfigError where it cannot suffice."""
     if placement.mode != "colocated" or device != "cuda":
         return ()
+    from fastreason.algorithms import resolve_algorithm
     from fastreason.plan.sharing import check_sharing
 
-    return tuple(check_sharing(config, placement))
+    copies = ["reference"] if resolve_algorithm(config).needs_reference and config.lora.rank is None else []
+    copies += ["published copy"] if config.rollout.transport in ("ipc", "nccl") else []
+    return tuple(check_sharing(config, placement, copies=copies))
 
 
 def check_adapter(config: Config) -> None:

@@ -108,12 +108,16 @@ def whole_logits_bytes(shape: Shape, head_tokens: float) -> float:
     return 3 * 4.0 * head_tokens * shape.vocab
 
 
-RESIDENT = ("weights", "gradients", "optimizer", "buckets")  # a rank's parts that it has between two steps too
+TRANSIENT = ("activations", "loss")  # a rank's parts that it has only while it computes
+
+
+def resident_parts(parts: Parts) -> Parts:
+    """What of `trainer_memory` stays between two steps."""
+    return {part: size for part, size in parts.items() if part not in TRANSIENT}
 
 
 def resident_bytes(parts: Parts) -> float:
-    """What of `trainer_memory` stays where the ranks compute nothing."""
-    return sum(parts[part] for part in RESIDENT)
+    return sum(resident_parts(parts).values())
 
 
 def engine_memory(

@@ -5,6 +5,7 @@ What is certain (weights, gradients, optimizer beside the engine's share) is an 
 """
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastreason.config import Config
@@ -13,7 +14,7 @@ from fastreason.models import read_model_config
 from fastreason.placement import Placement, engine_gpus, trainer_gpus
 from fastreason.plan.command import setup_of, workload_of
 from fastreason.plan.hardware import Device, Rates
-from fastreason.plan.memory import GIB, RESIDENT, Parts, resident_bytes
+from fastreason.plan.memory import GIB, Parts, resident_bytes, resident_parts
 from fastreason.plan.shapes import shape_of
 from fastreason.plan.split import rank_memory
 
@@ -31,8 +32,11 @@ def device_memory(index: int) -> float | None:
         return None
 
 
-def trainer_parts(config: Config) -> Parts | None:
-    """`trainer_memory` of one rank on a GPU at the step's mean lengths; None where the model's shape is not here."""
+def trainer_parts(config: Config, copies: Sequence[str] = ()) -> Parts | None:
+    """`trainer_memory` of one rank on a GPU at the step's mean lengths; None where the model's shape is not here.
+
+    copies: names of what else has the model's weights there.
+    """
     if not Path(config.model.path).is_dir():
         return None
     shape = shape_of(read_model_config(config.model.path), config.model.path)
@@ -42,27 +46,30 @@ def trainer_parts(config: Config) -> Parts | None:
     parts = rank_memory(shape, work, setup_of(config, device, config.train.ranks, work))
     if config.lora.rank is not None:  # what an adapter has of these is small
         parts |= dict.fromkeys(("gradients", "optimizer", "buckets"), 0.0)
-    return parts
+    return parts | dict.fromkeys(copies, float(itemsize * shape.num_parameters))
 
 
-def check_sharing(config: Config, placement: Placement, memory: float | None = None) -> list[str]:
+def check_sharing(
+    config: Config, placement: Placement, memory: float | None = None, copies: Sequence[str] = ()
+) -> list[str]:
     """What a person should know of a colocated run's memory; raises ConfigError where it cannot fit.
 
     The engine takes `rollout.gpu_memory_utilization` of the GPU. Where it sleeps, the trainer's resident parts are beside
-    that; else the trainer's peak is. memory: bytes of the GPU that both have, asked of the driver unless given.
+    that; else the trainer's peak is. memory: bytes of the GPU that both have, asked of the driver unless given. copies: as in
+    `trainer_parts`.
     """
     shared = sorted(set(engine_gpus(config)) & set(trainer_gpus(config)))
     memory = memory or (device_memory(shared[0]) if shared else None)
     if placement.mode != "colocated" or memory is None:
         return []
-    parts = trainer_parts(config)
+    parts = trainer_parts(config, copies)
     if parts is None:
         return ["memory on the shared GPU is not checked: the model's config.json is not on this machine."]
     share = config.rollout.gpu_memory_utilization
     engine, at_rest, peak = share * memory, resident_bytes(parts), sum(parts.values())
     if engine + at_rest + CONTEXTS_GIB * GIB > memory:
         most = max(0.0, 1 - (at_rest + RATES.reserve_gib * GIB) / memory)
-        held = _listed({part: parts[part] for part in RESIDENT})
+        held = _listed(resident_parts(parts))
         raise ConfigError(
             f"rollout.gpu_memory_utilization={share:g}: the engine takes {engine / GIB:.1f} of the GPU's {memory / GIB:.1f} "
             f"GiB, and beside it the trainer holds {at_rest / GIB:.1f} ({held}). {_advice(most)}"

@@ -13,6 +13,7 @@ from fastreason_kernels import gemm
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastreason import preflight
 from fastreason.cli import main
 from fastreason.config import load_config
 from fastreason.errors import ConfigError, ModelError
@@ -335,6 +336,23 @@ def test_the_recipe_of_one_gpu_has_room_on_80_gb_and_sleeps(tmp_path):
         "memory on the shared GPU is not checked: the model's config.json is not on this machine."
     ]
     assert sharing.check_sharing(config, Placement("split"), 1.0) == []
+
+
+def test_a_reference_beside_the_policy_counts(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(sharing, "check_sharing", lambda config, placement, copies: asked.update(copies=copies) or [])
+    kl = ["algorithm.kl=k3", "algorithm.kl_coef=0.1"]
+    for overrides, copies in (
+        ([], []),
+        ([*kl, "rollout.transport=ipc"], ["reference", "published copy"]),
+        ([*kl, "lora.rank=8"], []),
+    ):
+        preflight.sharing_notes(shared_config(tmp_path, *overrides), SHARED, "cuda")
+        assert asked["copies"] == copies
+    assert preflight.sharing_notes(shared_config(tmp_path), SHARED, "cpu") == ()
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"beside it the trainer holds 32.3 \(.*reference 2.9, published copy 2.9\)"):
+        sharing.check_sharing(shared_config(tmp_path), SHARED, 57e9, ["reference", "published copy"])
 
 
 @pytest.mark.parametrize(
