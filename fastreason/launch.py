@@ -175,6 +175,8 @@ def _folders(
             resume=resume,
             only=only,
             groups_dir=str(groups_dir) if groups_dir is not None else None,
+            colocated=only is None and decisions.placement.mode == "colocated",
+            sleeps=only is None and decisions.placement.sleeps,
             **beside,
         )
     finally:
@@ -192,9 +194,10 @@ def _parts(config: Config, session: Session) -> list[Part]:
         server, key = _engine_server(config, session)
         session = msgspec.structs.replace(session, engine_url=server.url)
         producer_environment |= key
-        parts.append(
-            Part(server.name, server.start, "engine", explain_end=server.explain_end, lost_signs=(server.name,))
-        )
+        engine = Part(server.name, server.start, "engine", explain_end=server.explain_end, lost_signs=(server.name,))
+        if session.sleeps:
+            engine.resting = session.tenant_file.exists
+        parts.append(engine)
     # Ranks inherit no key: they never talk to an engine.
     environment[SESSION_VARIABLE] = producer_environment[SESSION_VARIABLE] = str(session.write())
     both = config.rollout.cores and config.train.cores
@@ -247,6 +250,7 @@ def _engine_server(config: Config, session: Session) -> tuple["EngineServer", di
         exchange_dir=session.exchange_dir,
         temporary_dir=session.folder,
         key=key,
+        tenant_file=session.tenant_file if session.sleeps else None,
     )
     return server, {KEY_VARIABLE: key}
 

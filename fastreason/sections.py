@@ -179,7 +179,10 @@ class RolloutConfig(Section):
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
     gpu_memory_utilization: float = Field(
-        default=0.85, gt=0, le=1, description="GPU: share of the memory the engine may take"
+        default=0.85,
+        gt=0,
+        le=1,
+        description="GPU: share of its memory that the engine may take; colocated: see resources",
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
     port: int = Field(
@@ -190,6 +193,17 @@ class RolloutConfig(Section):
     fake_token_s: float = Field(0.0, ge=0, description="engine fake: seconds that a token takes")
     mismatch_warning: float = Field(
         default=0.05, gt=0, description="warn when mean |trainer - sampler| logp is above, nats"
+    )
+
+
+class ResourcesConfig(Section):
+    mode: Literal["auto", "split", "colocated", "remote"] = Field(
+        default="auto",
+        description="engine and trainer on GPUs of their own, or on the same; auto: colocated where they share one, else split",
+    )
+    sleep: Switch = Field(
+        "auto",
+        description="colocated: the engine gives its memory up while the trainer computes; auto: where it can, at staleness 0",
     )
 
 
@@ -426,6 +440,7 @@ class Config(Section):
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
     reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig())
+    resources: ResourcesConfig = Field(default_factory=lambda: ResourcesConfig())
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig())
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig())
     critic: CriticConfig = Field(default_factory=lambda: CriticConfig())

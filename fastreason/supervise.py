@@ -52,7 +52,8 @@ class Part:
 
     `key` names it in requests and in counts of restarts, and None is one that is never started again; `members` are the
     names of its beats and outcomes; `explain_end` says from its log why it ended; `lost_signs` are what another process
-    says that lost it.
+    says that lost it. While it is `resting` nobody needs it, and where it stood another has its memory: whatever is wrong with
+    it then is seen to afterwards.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Part:
     members: tuple[str, ...] = ()
     explain_end: Callable[[], str] | None = None
     lost_signs: tuple[str, ...] = ()
+    resting: Callable[[], bool] = lambda: False
     num_restarts: int = 0
 
 
@@ -142,6 +144,8 @@ class Supervisor:
 
     def _keep_alive(self, watched: _Watched) -> None:
         """Start the part again where it died, hangs or is asked to be started again; raises where that is not allowed."""
+        if watched.part.resting():
+            return
         reason = self._trouble(watched)
         if reason is None:
             return

@@ -56,7 +56,8 @@ class Lifeline:
     `connect` makes a connection, `revive(connection)` gives a new server what the last one had (weights). `on_hung(reason)`
     has the server killed and restarted: called when no heartbeat came back for `hang_timeout_s` seconds; without it a hung
     server is an EngineError. `on_event(name, text)` hears of "engine_lost" (why) and "engine_back" (after how long).
-    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs.
+    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. While it is
+    `resting` no server is started, and how long one is away does not count.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class Lifeline:
         on_hung: Callable[[str], None] | None,
         on_event: Callable[[str, str], None] | None,
         takes_over: bool = False,
+        resting: Callable[[], bool] = lambda: False,
     ) -> None:
         self._connect, self._revive = connect, revive
         self._startup_timeout_s, self._hang_timeout_s = startup_timeout_s, hang_timeout_s
         self._on_hung, self._on_event = on_hung, on_event or (lambda name, text: None)
-        self._begun = takes_over
+        self._begun, self._resting = takes_over, resting
         self._connection: Connection | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -169,6 +171,8 @@ class Lifeline:
                 if reason is not None and self._on_hung is not None:
                     self._on_hung(f"the {connection.server} {reason}")
                 patience.look()
+                if self._resting():
+                    patience.renew()
                 if patience.exhausted:
                     raise EngineError(
                         f"the {connection.server} did not answer within rollout.startup_timeout_s="

@@ -15,7 +15,7 @@ HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
 PURE = {"advantages", "filtering", "gae", "kl", "losses", "packing", "rewards"}
 PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
-PLUMBING |= {"processes", "session", "patience", "beats"}
+PLUMBING |= {"processes", "session", "patience", "beats", "tenancy"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
 PARTS |= {"credit", "critic", "frozen", "lora"}
@@ -40,6 +40,8 @@ ALLOWED = {
     "models": FOUNDATION,
     "session": FOUNDATION,
     "patience": set(),
+    "placement": FOUNDATION,
+    "tenancy": {"ranks"},
     "beats": {"patience"},
     "figures": MEANING,
     "alerts": FOUNDATION,
@@ -63,7 +65,7 @@ ALLOWED = {
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
-    "plan": FOUNDATION | {"metrics", "models", "preflight"},
+    "plan": FOUNDATION | {"metrics", "models", "preflight", "placement"},
     "credit": MEANING | PLUMBING,
     "frozen": MEANING | PLUMBING | {"policy", "lora", "body"},
     "critic": MEANING | PLUMBING | {"policy", "update", "body"},

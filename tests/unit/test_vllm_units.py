@@ -21,10 +21,9 @@ from fastreason.rollout.vllm_server import explain_end, server_command, server_e
 KEY = "s3cret"
 
 
-def options(device, config=None, max_model_len=128):
-    command = server_command(
-        config or RolloutConfig(), "/m", 1234, dtype="bfloat16", max_model_len=max_model_len, seed=5, device=device
-    )
+def options(device, config=None, max_model_len=128, **keys):
+    keys = {"dtype": "bfloat16", "max_model_len": max_model_len, "seed": 5, "device": device, **keys}
+    command = server_command(config or RolloutConfig(), "/m", 1234, **keys)
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     pairs, flags, rest = {}, [], command[3:]
     while rest:
@@ -59,6 +58,11 @@ def test_what_only_a_cpu_or_only_a_gpu_is_told():
     pairs, flags = options("cuda", config)
     assert pairs["--gpu-memory-utilization"] == "0.4" and pairs["--tensor-parallel-size"] == "2"
     assert "--no-enable-chunked-prefill" not in flags and "--enforce-eager" not in flags
+
+
+def test_one_that_shares_its_gpu_in_turn_can_sleep():
+    assert "--enable-sleep-mode" in options("cuda", sleeps=True)[1]
+    assert "--enable-sleep-mode" not in options("cuda")[1] + options("cpu", sleeps=True)[1]
 
 
 def vllm_server(log_path, **rollout):
