@@ -73,7 +73,9 @@ def train_command(options: argparse.Namespace) -> int:
     run_dir = make_run_dir(config)
     with held(run_dir):
         write_config(config, run_dir)
-        print("\n".join([*start_lines(config), *resource_table(config, decisions.device, options.only)]))
+        print(
+            "\n".join([*start_lines(config), *resource_table(config, decisions.device, options.only), *decisions.notes])
+        )
         return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
 
 
@@ -133,6 +135,7 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
     notes = [
         *start_lines(config),
         *resource_table(config, decisions.device, only),
+        *decisions.notes,
         f"device: {decisions.device}, attention: {decisions.attention}, {config.model.dtype}",
     ]
     notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]

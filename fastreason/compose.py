@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fastreason.config import Config, load_config, num_updates
-from fastreason.errors import FastreasonError, InterruptedWaitError
+from fastreason.errors import FastreasonError, InterruptedWaitError, StuckError
 from fastreason.metrics import Progress
+from fastreason.patience import Patience
 from fastreason.processes import die_with_parent
 from fastreason.run_folder import share
 from fastreason.session import Outcome, Session, StopFlag, read_session, request_restart, write_outcome
@@ -108,6 +110,7 @@ def make_engine(session: Session, config: Config, on_event: Callable[[str, str],
                 takes_over=takes_over,
                 spare=several,
                 log="see its log there" if remote else f"see logs/{label}.log in the run's folder",
+                resting=session.tenant_file.exists if session.sleeps else None,
                 key_hint=f": set {KEY_VARIABLE} to that of the server" if remote else "",
                 name=config.rollout.engine,
                 verify=verify,
@@ -188,6 +191,9 @@ def run_producer(session: Session, config: Config) -> Outcome:
             trace=trace,
             greedy=algorithm.greedy_baseline,
             teacher=make_teacher(config),
+            sleeps=session.sleeps,
+            # One that takes the place of another finds the engine as the trainer's turn wants it.
+            starts_asleep=session.sleeps and not session.ready_file.exists(),
         )
         beat = asyncio.create_task(Beat(session.folder, "producer").in_loop())
         await grading.start()
@@ -266,11 +272,13 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.policy import choose_layout, load_policy
     from fastreason.ranks import Ranks
     from fastreason.sync import save_model
+    from fastreason.tenancy import Tenancy
     from fastreason.update.deepspeed import DeepSpeedUpdater, initialise_distributed
 
     run_dir = Path(session.run_dir)
     stop = StopFlag(session.stop_file)
     Beat(session.folder, f"trainer-{os.environ.get('RANK', '0')}").in_thread()
+    client = await_engine(session, config, stop) if session.colocated else None
     device = prepare_device(session.device, config.train)
     initialise_distributed(session.device, collective_timeout_s(config))
     torch.manual_seed(config.run.seed)
@@ -299,6 +307,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         target=load_target(session, config, algorithm, device, num_columns, updater),
         critic=load_critic(session, config, device) if algorithm.critic else None,
         silent=frozenset(session.silent_ids),
+        tenancy=Tenancy(session.tenant_file, ranks) if session.sleeps else None,
     )
     if ranks.is_first:
         # A run that was ended before its first checkpoint goes on from step 0.
@@ -307,7 +316,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         parts.samples = SampleLog(run_dir, config.log, resume_step)
         parts.progress = Progress(run_dir, config.train.steps)
         parts.trace = Trace(run_dir if config.log.trace else None, "trainer")
-        parts.rollouts = client = make_rollouts(session, config, stop)
+        parts.rollouts = client = client or make_rollouts(session, config, stop)
     loop = Loop(parts)
     try:
         finished = loop.run()
@@ -326,6 +335,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         parts.metrics.close()
         parts.samples.close()
         parts.trace.close()
+        assert client is not None
         client.stop()
     saved = store.complete()
     return Outcome(finished=finished, step=loop.step, saved=str(saved[-1]) if saved else None)
@@ -378,6 +388,29 @@ def make_rollouts(session: Session, config: Config, stop: StopFlag) -> Any:
         stop,
         may_rejoin=config.run.max_restarts > 0,
     )
+
+
+def await_engine(session: Session, config: Config, stop: StopFlag) -> Any:
+    """Wait until the engine on these GPUs has taken its memory, and has given it up again where it sleeps; for every rank.
+
+    vLLM measures at its start what others leave free. Rank 0 gets the producer's client, the others None.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        client = make_rollouts(session, config, stop)
+        if session.sleeps:
+            session.tenant_file.touch()
+        return client
+    patience = Patience(config.rollout.startup_timeout_s + 60)
+    while not session.ready_file.exists():
+        if stop():
+            raise InterruptedWaitError("told to stop while starting")
+        patience.look()
+        if patience.exhausted:
+            raise StuckError(
+                f"waited {patience.limit_s:g} s for the engine that this rank shares its GPU with to start"
+            )
+        time.sleep(0.1)
+    return None
 
 
 def write_run_summary(run_dir: Path, config: Config, loop: Any) -> None:

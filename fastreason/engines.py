@@ -45,10 +45,14 @@ def run_engines(config: Config, session: Session) -> Engines:
             exchange_dir=session.exchange_dir,
             temporary_dir=session.folder,
             key=key,
+            tenant_file=session.tenant_file if session.sleeps else None,
         )
         name = server.name if len(shares) == 1 else f"{server.name} {index}"
         lost = f"{server.name} at {server.url}"
-        parts.append(Part(name, server.start, label, explain_end=server.explain_end, lost_signs=(lost,), kind="engine"))
+        part = Part(name, server.start, label, explain_end=server.explain_end, lost_signs=(lost,), kind="engine")
+        if session.sleeps:
+            part.resting = session.tenant_file.exists
+        parts.append(part)
         addresses.append(server.url)
     return Engines(parts, tuple(addresses), {KEY_VARIABLE: key})
 
@@ -68,6 +72,7 @@ def make_server(
     temporary_dir: str,
     key: str,
     longest: int | None = None,
+    tenant_file: Path | None = None,
     **where: str,
 ) -> EngineServer:
     """A server of the configured engine, not yet started; `longest` sequence in tokens: by default what the run needs."""
@@ -84,5 +89,6 @@ def make_server(
         exchange_dir=exchange_dir,
         temporary_dir=temporary_dir,
         key=key,
+        tenant_file=tenant_file,
         **where,
     )

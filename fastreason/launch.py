@@ -171,6 +171,8 @@ def _folders(
             resume=resume,
             only=only,
             groups_dir=str(groups_dir) if groups_dir is not None else None,
+            colocated=only is None and decisions.placement.mode == "colocated",
+            sleeps=only is None and decisions.placement.sleeps,
             **beside,
         )
     finally:

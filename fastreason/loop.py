@@ -26,6 +26,7 @@ from fastreason.metrics import MetricsLog, Progress, SampleLog
 from fastreason.packing import Layout
 from fastreason.ranks import Ranks
 from fastreason.sync import Publisher
+from fastreason.tenancy import Tenancy
 from fastreason.trace import Trace
 from fastreason.training import TrainingStep
 from fastreason.types import EvalResult, Group, LoadReport, WeightUpdate
@@ -77,7 +78,7 @@ class Totals:
 class Parts:
     """Everything that the loop uses; `rollouts`, `metrics` and `samples` exist on rank 0 only.
 
-    `target`, `critic` and `silent` are the training step's.
+    `target`, `critic` and `silent` are the training step's. `tenancy` is given where the engine sleeps while the ranks compute.
     """
 
     config: Config
@@ -99,6 +100,7 @@ class Parts:
     target: FrozenModel | None = None
     critic: Critic | None = None
     silent: frozenset[int] = frozenset()
+    tenancy: Tenancy | None = None
 
 
 class Loop:
@@ -155,7 +157,8 @@ class Loop:
                 self.totals.evals.pop("after", None)  # of a run that was to be shorter
             if self.version:
                 self._publish(self.version)
-        elif parts.config.eval.num_prompts:
+        self._release()
+        if parts.resume_from is None and parts.config.eval.num_prompts:
             self._evaluate("before")
         if parts.rollouts is not None and not parts.stop_requested():
             parts.rollouts.start(self.version, self.num_groups, state)
@@ -185,6 +188,8 @@ class Loop:
             assert report is not None
             seconds = {"step": ended - started, "wait": pulled - started, "train": trained - pulled}
             seconds |= {"publish": ended - trained, "pause": report.pause_s, "wall": self.totals.train_wall_s}
+            if self.parts.tenancy is not None:
+                seconds["wake"] = report.wake_s
             self._write(groups, figures | step_figures(seconds, delivery, figures))
         if self._due(self.parts.config.checkpoint.every):
             self._save()
@@ -212,6 +217,8 @@ class Loop:
             try:
                 stop = parts.stop_requested()
                 delivery = None if stop else parts.rollouts.next_batch()
+                if delivery is not None and parts.tenancy is not None:
+                    parts.tenancy.take()
             except InterruptedWaitError:
                 delivery = None
             order = Order(action="train", groups=delivery.groups) if delivery else Order(action="stop")
@@ -225,6 +232,7 @@ class Loop:
         with parts.trace.span("publication", "gather and write", version=version):
             update = parts.publisher.write(parts.updater, version)
         self.version = version
+        self._release()
         if parts.rollouts is None or update is None:
             return None
         started = time.time()
@@ -233,6 +241,11 @@ class Loop:
             "publication", "load", started, time.time(), version=version, pause_s=round(report.pause_s, 4)
         )
         return report
+
+    def _release(self) -> None:
+        """The ranks compute no more until the next batch: the engine may have its memory back."""
+        if self.parts.tenancy is not None:
+            self.parts.tenancy.release()
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0

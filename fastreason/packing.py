@@ -4,7 +4,7 @@ A row is one prompt with one response. A unit is what is never divided among mic
 layout all rows of one prompt, or the two rows of a pair. In the shared layout a unit is one line, else each row is one.
 Three layouts, the same loss:
 
-    padded   units side by side, right padding, so that a causal model needs no mask
+    padded   units side by side, right padding, so that a causal model needs no mask (and only attention sees it: body.py)
     packed   one long line, for attention that reads from the position ids where a row begins (flash-attn)
     shared   a prompt once, its responses after it, each seeing the prompt and itself (a mask per line); the prompt's
              hidden states do not depend on what follows, so nothing but rounding changes
@@ -81,7 +81,8 @@ class Divergence(Protocol):
 class MicroBatch:
     """Tensors of one forward. L is the line's length; N the trained response tokens of all rows, in row order.
 
-    input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True where a query may look, or None for causal.
+    input_ids_BL, position_ids_BL: int64. real_T: int64, the positions in the flattened [B * L] that are no padding, T being
+    num_tokens. mask_B1LL: bool, True where a query may look, or None for causal.
     head_index_N: int64, the position in the flattened [B * L] whose hidden state predicts response token n.
     ids_N: int64. sampler_logp_N, advantages_N, token_weight_N: fp32. sequence_N: int64, the row that a token belongs to.
     index_B: int64, `Row.index` of each row. behaviour_logp_N: fp32, what the ratio divides by; None means the current
@@ -94,6 +95,7 @@ class MicroBatch:
 
     input_ids_BL: Tensor
     position_ids_BL: Tensor
+    real_T: Tensor
     head_index_N: Tensor
     ids_N: Tensor
     sampler_logp_N: Tensor
@@ -290,12 +292,13 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
     input_ids_BL = torch.full((height, width), pad_token_id, dtype=torch.int64)
     position_ids_BL = torch.arange(width).repeat(height, 1)
     mask_B1LL = torch.zeros(height, 1, width, width, dtype=torch.bool) if layout == "shared" else None
-    head_index = []
+    head_index, real = [], []
     start = 0
     for number, unit in enumerate(units):
         line, first = (0, start) if layout == "packed" else (number, 0)
         start += lengths[number]
         prompt, end = unit[0].prompt, first
+        real.append(torch.arange(lengths[number]) + line * width + first)
         _write(input_ids_BL, position_ids_BL, line, end, prompt, 0)
         end += len(prompt)
         for row in unit:
@@ -317,6 +320,7 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
     return MicroBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
+        real_T=torch.cat(real),
         mask_B1LL=mask_B1LL,
         head_index_N=torch.cat(head_index),
         ids_N=torch.cat([_kept(torch.tensor(row.response), row) for row in rows]),

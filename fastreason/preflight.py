@@ -11,6 +11,7 @@ from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
 from fastreason.machine import has_bf16_products
 from fastreason.models import max_model_len, model_folder, read_model_config
+from fastreason.placement import SPLIT, Placement, place
 
 if TYPE_CHECKING:
     from fastreason.algorithms import ResolvedAlgorithm
@@ -23,6 +24,8 @@ class Decisions:
     device: str
     attention: str
     liger: bool
+    placement: Placement = SPLIT
+    notes: tuple[str, ...] = ()
 
 
 def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[str]]:
@@ -55,10 +58,13 @@ def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[s
         if gpus:
             parse_cores(gpus, key)
     liger = importlib.util.find_spec("liger_kernel") is not None
+    placement = SPLIT if offline else place(config, device)
     decisions = Decisions(
         device=device,
         attention=decide_attention(config, device, longest_line(config)),
         liger=choose_liger(config.model.liger, device, liger),
+        placement=placement,
+        notes=sharing_notes(config, placement, device),
     )
     choose_layout(config.train.share_prompts, decisions.attention, device)
     return decisions, unchecked
@@ -102,6 +108,18 @@ def check_offline_run(config: Config, prepared: bool = False) -> list[str]:
     if Path(config.model.path).is_dir():
         longest_sequence(config, read_model_config(config.model.path))
     return unchecked
+
+
+def sharing_notes(config: Config, placement: Placement, device: str) -> tuple[str, ...]:
+    """What is to be said of the memory of GPUs that engine and trainer share; raises ConfigError where it cannot suffice."""
+    if placement.mode != "colocated" or device != "cuda":
+        return ()
+    from fastreason.algorithms import resolve_algorithm
+    from fastreason.plan.sharing import check_sharing
+
+    copies = ["reference"] if resolve_algorithm(config).needs_reference and config.lora.rank is None else []
+    copies += ["published copy"] if config.rollout.transport in ("ipc", "nccl") else []
+    return tuple(check_sharing(config, placement, copies=copies))
 
 
 def check_adapter(config: Config) -> None:

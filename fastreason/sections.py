@@ -179,7 +179,10 @@ class RolloutConfig(Section):
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
     gpu_memory_utilization: float = Field(
-        default=0.85, gt=0, le=1, description="GPU: share of the memory the engine may take"
+        default=0.85,
+        gt=0,
+        le=1,
+        description="GPU: share of its memory that the engine may take; colocated: see resources",
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs per engine; on a CPU, processes that share its cores")
     port: int = Field(
@@ -197,6 +200,14 @@ class RolloutConfig(Section):
 
 
 class ResourcesConfig(Section):
+    mode: Literal["auto", "split", "colocated", "remote"] = Field(
+        default="auto",
+        description="engine and trainer on GPUs of their own, on the same, or engines elsewhere; auto: as GPUs and urls say",
+    )
+    sleep: Switch = Field(
+        "auto",
+        description="colocated: the engine gives its memory up while the trainer computes; auto: where it can, at staleness 0",
+    )
     engines: int | None = Field(
         None,
         ge=1,

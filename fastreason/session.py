@@ -1,8 +1,8 @@
 """What the launcher hands to the processes of a run: one small file in a folder that only this user can enter.
 
 The folder also holds the producer's socket and its spool, the files whose existence asks the run to stop, says that the
-engine has answered, or asks for a restart, and what each process says at its end. The engine's key is not here: it goes
-through the environment.
+engine has answered, that the trainer has its GPUs, or asks for a restart, and what each process says at its end. The engine's
+key is not here: it goes through the environment.
 """
 
 import os
@@ -33,6 +33,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     teacher_dir: str | None = None  # of a teacher in the trainer
     critic_dir: str | None = None  # of a critic that does not begin as the policy does
     silent_ids: tuple[int, ...] = ()  # ends of a response that policy and teacher do not share
+    colocated: bool = False  # trainer and engine share GPUs: the engine takes its memory first
+    sleeps: bool = False  # and gives it up whenever the trainer computes
 
     @property
     def socket_path(self) -> str:
@@ -46,6 +48,11 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     def ready_file(self) -> Path:
         """Touched by the producer once its engine has answered: before, a death is a failed start."""
         return Path(self.folder) / "ready"
+
+    @property
+    def tenant_file(self) -> Path:
+        """There while the trainer has the GPUs of an engine that sleeps: no engine is started or woken meanwhile."""
+        return Path(self.folder) / "trainer-has-the-gpus"
 
     @property
     def spool_dir(self) -> Path:

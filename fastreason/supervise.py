@@ -53,7 +53,8 @@ class Part:
     `key` names it in requests and in counts of restarts, and None is one that is never started again; `members` are the
     names of its beats and outcomes; `explain_end` says from its log why it ended; `lost_signs` are what another process
     says that lost it; `kind` is shared by parts that stand in for each other, so that one that may not be started again ends
-    the run only where it was the last of them.
+    the run only where it was the last of them. While it is `resting` nobody needs it, and where it stood another has its
+    memory: whatever is wrong with it then is seen to afterwards.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Part:
     explain_end: Callable[[], str] | None = None
     lost_signs: tuple[str, ...] = ()
     kind: str | None = None
+    resting: Callable[[], bool] = lambda: False
     num_restarts: int = 0
 
 
@@ -146,6 +148,8 @@ class Supervisor:
 
     def _keep_alive(self, watched: _Watched) -> None:
         """Start the part again where it died, hangs or is asked to be started again; raises where that is not allowed."""
+        if watched.part.resting():
+            return
         reason = self._trouble(watched)
         if reason is None:
             return

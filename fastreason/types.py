@@ -134,7 +134,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine says after it loaded weights: what it received, what it now holds, and how long each part took.
 
     `held_bytes` counts the bytes of those tensors that the engine keeps in their published layout and that were
-    compared with the file one by one; the others (fused or repacked by the engine) are covered by `checksum`.
+    compared with the file one by one; the others (fused or repacked by the engine) are covered by `checksum`. `wake_s` is what
+    it took to bring the memory back of an engine that slept.
     """
 
     version: int
@@ -144,6 +145,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float = 0.0
     load_s: float = 0.0
     total_s: float = 0.0
+    wake_s: float = 0.0
 
 
 class EvalResult(msgspec.Struct, frozen=True, kw_only=True):

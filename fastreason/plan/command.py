@@ -50,7 +50,11 @@ def run_plan(options: argparse.Namespace) -> int:
     work = workload_of(config, options.prompt_tokens, options.response_tokens, machine.device.is_cpu)
     print("\n".join([*assumption_lines(machine.device, machine.rates, work, given), ""]))
     plans = [plan_of(config, shape, machine, work, gpus) for shape in shapes for gpus in options.gpus]
-    print("\n".join(plan_lines(plans[0], work, machine.rates) if len(plans) == 1 else summary_lines(plans)))
+    print(
+        "\n".join(
+            plan_lines(plans[0], work, machine.rates, machine.device) if len(plans) == 1 else summary_lines(plans)
+        )
+    )
     return 0
 
 

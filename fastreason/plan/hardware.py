@@ -66,7 +66,11 @@ class Rates:
     reserve_gib: float = 4.0  # of a GPU: context, communication, fragmentation
     memory_share: float = 0.90  # of an engine's GPU that it may fill
     publish_gb_s: float = 2.0  # shared memory or a file: gathered, written, read, loaded
-    swap_gb_s: float = 20.0  # colocated: engine's weights and trainer's state between GPU and host, each way
+    swap_gb_s: float = 20.0  # the offloaded optimizer's gradients and weights between GPU and host, each way
+    sleep_s: float = (
+        1.0  # colocated: an engine falls asleep or wakes; its memory is unmapped and mapped, nothing is copied
+    )
+    asleep_gib: float = 2.0  # colocated: of a GPU, what an engine that sleeps still holds: context, captured graphs
 
 
 # On a CPU the rates of products are measured as products, with no peak above them. decode_mfu is fitted to vLLM's CPU build,

@@ -108,10 +108,27 @@ def whole_logits_bytes(shape: Shape, head_tokens: float) -> float:
     return 3 * 4.0 * head_tokens * shape.vocab
 
 
-def engine_memory(shape: Shape, device: Device, rates: Rates, tensor_parallel: int, itemsize: int = 2) -> Parts:
-    """Bytes of one of an engine's GPUs: its share of the weights, and the rest of what it may fill for the KV cache."""
+TRANSIENT = ("activations", "loss")  # a rank's parts that it has only while it computes
+
+
+def resident_parts(parts: Parts) -> Parts:
+    """What of `trainer_memory` stays between two steps."""
+    return {part: size for part, size in parts.items() if part not in TRANSIENT}
+
+
+def resident_bytes(parts: Parts) -> float:
+    return sum(resident_parts(parts).values())
+
+
+def engine_memory(
+    shape: Shape, device: Device, rates: Rates, tensor_parallel: int, itemsize: int = 2, beside: float = 0.0
+) -> Parts:
+    """Bytes of one of an engine's GPUs: its share of the weights, and the rest of what it may fill for the KV cache.
+
+    beside: what a trainer on the same GPU holds while the engine generates.
+    """
     weights = itemsize * shape.num_parameters / tensor_parallel
-    usable = device.memory * rates.memory_share - rates.reserve_gib * GIB
+    usable = device.memory * rates.memory_share - rates.reserve_gib * GIB - beside
     return {"weights": weights, "kv cache": max(0.0, usable - weights)}
 
 

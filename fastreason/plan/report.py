@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from fastreason.plan.hardware import GB, TERA, Device, Rates
-from fastreason.plan.memory import GIB, Parts, whole_logits_bytes
+from fastreason.plan.memory import GIB, Parts, resident_bytes, whole_logits_bytes
 from fastreason.plan.shapes import Shape
 from fastreason.plan.split import Layout, Plan, judge
 from fastreason.plan.times import Workload
@@ -41,15 +41,19 @@ def assumption_lines(device: Device, rates: Rates, work: Workload, given: Sequen
     ]
 
 
-def memory_lines(layout: Layout, shape: Shape, work: Workload, rates: Rates) -> list[str]:
+def memory_lines(layout: Layout, shape: Shape, work: Workload, rates: Rates, device: Device) -> list[str]:
     """GiB of a trainer's device and of an engine's, by part, and what whole logits would add."""
     setup = layout.setup
     of_responses = work.micro_batch(setup.ranks) * work.response_share
     kept = ", checkpointing" if setup.checkpointing else ""
     kept += ", optimizer on the host" if setup.offload else ""
+    trainer, engine = layout.trainer, layout.engine
+    if layout.colocated:
+        trainer = {**trainer, "engine, asleep": rates.asleep_gib * GIB}
+        engine = {**engine, "trainer, at rest": resident_bytes(layout.trainer)}
     sides: list[tuple[str, Parts]] = [
-        (f"trainer, {setup.ranks} rank(s), ZeRO-{setup.stage}{kept}", layout.trainer),
-        (f"engine, tensor parallel {layout.tensor_parallel}", layout.engine),
+        (f"trainer, {setup.ranks} rank(s), ZeRO-{setup.stage}{kept}", trainer),
+        (f"engine, tensor parallel {layout.tensor_parallel}", engine),
     ]
     lines = []
     for name, parts in sides:
@@ -60,6 +64,11 @@ def memory_lines(layout: Layout, shape: Shape, work: Workload, rates: Rates) -> 
     lines.append(
         f"whole logits would take {whole / GIB:.1f} GiB in place of the loss's {layout.trainer['loss'] / GIB:.1f}."
     )
+    if layout.colocated:
+        share = sum(layout.engine.values()) / device.memory
+        lines.append(
+            f"The engine fits beside the trainer at rest with rollout.gpu_memory_utilization={share:.2f} or less."
+        )
     return lines
 
 
@@ -73,7 +82,7 @@ def layout_cells(layout: Layout | None) -> list[str]:
         times.steady_s,
         times.train_s,
         times.publish_s + layout.swap_s,
-        times.sync_s,
+        times.sync_s + layout.swap_s,
         layout.step_s,
     )
     return [who, f"{layout.tensor_parallel}", *(f"{value:.1f}" for value in seconds)]
@@ -82,17 +91,17 @@ def layout_cells(layout: Layout | None) -> list[str]:
 LAYOUT_HEAD = ["engines + ranks", "tp", "g alone", "g steady", "t", "s", "g + t + s", "step"]
 
 
-def plan_lines(plan: Plan, work: Workload, rates: Rates) -> list[str]:
+def plan_lines(plan: Plan, work: Workload, rates: Rates, device: Device) -> list[str]:
     """The whole of one plan: memory of the best layout, both layouts' seconds, the judgement."""
     shape = plan.shape
     lines = [f"{shape.name}: {shape.num_parameters / 1e9:.2f} B parameters on {plan.gpus} device(s)", ""]
     if plan.best is not None:
-        lines += [*memory_lines(plan.best, shape, work, rates), ""]
+        lines += [*memory_lines(plan.best, shape, work, rates, device), ""]
     rows = [["split", *layout_cells(plan.split)], ["colocated", *layout_cells(plan.colocated)]]
     lines += table(["seconds", *LAYOUT_HEAD], rows)
     return [
         *lines,
-        "step: split max(g steady, t) + s; colocated g + t + s, with the change of tenants in s.",
+        "step: split max(g steady, t) + s; colocated g + t + s, with the engines' falling asleep and waking in s.",
         "",
         judge(plan),
     ]

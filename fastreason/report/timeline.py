@@ -26,6 +26,7 @@ THIN = 0.35  # height of a row of the lanes whose spans are side by side
 # Colour and meaning of the spans of a name; of all others of a lane, under the lane's name.
 LOOKS = {
     "engine": (PHASES["generate"], "generate a group"),
+    "asleep": ("#cbd2d9", "asleep: the trainer has its memory"),
     "graders": (PHASES["grade"], "grade a group"),
     "pull": (PHASES["wait"], "wait for groups"),
     "train": (PHASES["train"], "train"),

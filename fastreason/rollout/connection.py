@@ -6,6 +6,7 @@ answers with an error, or not in time, is an EngineError.
 """
 
 import asyncio
+import json
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -105,7 +106,9 @@ class Connection:
                 if instance != self.instance and (instance or response.status == 200):
                     raise ServerLostError(f"the {self.server} was replaced: start {instance} for {self.instance}")
                 if response.status == 200:
-                    return Answer(await response.json(), int(response.headers.get(RESUMES_HEADER, 0)))
+                    content = await response.read()  # of /sleep and /wake_up there is none
+                    body = json.loads(content) if content else None
+                    return Answer(body, int(response.headers.get(RESUMES_HEADER, 0)))
                 text = (await response.text())[:500]
                 response.close()  # the server closes it too, and would meet the next request on it
         except (aiohttp.ClientError, OSError) as error:

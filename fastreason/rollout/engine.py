@@ -27,7 +27,18 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, update: WeightUpdate) -> LoadReport:
-        """Pause, load, verify, resume; requests in flight go on afterwards with the new weights."""
+        """Pause, load, verify, resume; requests in flight go on afterwards with the new weights. One that sleeps wakes."""
+        ...
+
+    async def sleep(self) -> float:
+        """Give up the device's memory, weights and KV cache, until `wake` or `load_weights`; returns the seconds it took.
+
+        No request may be in flight, and none may come meanwhile.
+        """
+        ...
+
+    async def wake(self) -> float:
+        """Take the memory back, with the weights of `version`; returns the seconds it took, 0 where it was awake."""
         ...
 
     async def adopt(self, update: WeightUpdate | None) -> None:

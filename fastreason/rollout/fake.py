@@ -82,6 +82,12 @@ class FakeEngine:
             version=update.version, checksum=digest.hexdigest(), num_tensors=digest.num_tensors, held_bytes=0
         )
 
+    async def sleep(self) -> float:
+        return 0.0
+
+    async def wake(self) -> float:
+        return 0.0
+
     async def adopt(self, update: WeightUpdate | None) -> None:
         if update is not None:
             await self.load_weights(update)

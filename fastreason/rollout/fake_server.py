@@ -2,7 +2,8 @@
 
 So that a run on the deterministic engine takes the way of a real one: the same client, key, exchange files and pauses,
 and a process that can be killed or stopped. Tokens appear one by one, every `rollout.fake_token_s` seconds; a request
-whose client is gone is dropped. It has no batches and no memory limit.
+whose client is gone is dropped. It has no batches and no memory limit; but where it sleeps at times, it has parts of memory
+that are there or not, and a device that has room for one: what would be out of memory or nonsense on a GPU is an error.
 """
 
 import argparse
@@ -27,12 +28,14 @@ from fastreason.rollout.server import LOOPBACK, EngineServer
 from fastreason.rollout.vllm_middleware import Door
 
 SETUP_FILE = "fake-engine.json"
+MEMORY = ("weights", "kv_cache")
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What the process is started with: the tokens to draw from, the end token, the longest sequence, seconds a token.
 
-    `model_dir` and `dtype` are what it says of itself to runs elsewhere.
+    `model_dir` and `dtype` are what it says of itself to runs elsewhere. tenant_file: there while another has the device, None
+    where it is not shared in turn.
     """
 
     token_ids: list[int]
@@ -41,6 +44,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     token_s: float
     model_dir: str = ""
     dtype: str = ""
+    tenant_file: str | None = None
 
 
 def read_tokens(model_dir: str) -> tuple[list[int], int]:
@@ -70,6 +74,7 @@ def make_server(
     exchange_dir: str,
     key: str,
     temporary_dir: str | None = None,
+    tenant_file: Path | None = None,
     **where: str,
 ) -> EngineServer:
     """A server of the fake engine, not yet started; of the model only the tokenizer is read, and `device` not used.
@@ -85,6 +90,7 @@ def make_server(
         token_s=config.rollout.fake_token_s,
         model_dir=model_dir,
         dtype=config.model.dtype,
+        tenant_file=str(tenant_file) if tenant_file is not None else None,
     )
     path = Path(temporary_dir or exchange_dir) / SETUP_FILE
     path.write_bytes(msgspec.json.encode(setup))
@@ -110,6 +116,8 @@ class FakeServer:
         for event in (self._may_begin, self._may_go_on, self._drained):
             event.set()
         self._held: str | None = None  # checksum
+        self._memory = dict.fromkeys(MEMORY, True)  # of which there is some; without weights they are lost too
+        self._has_weights = True
 
     def application(self) -> web.Application:
         door = Door()
@@ -134,12 +142,15 @@ class FakeServer:
 
         application = web.Application(middlewares=[guard])
         application.router.add_get("/health", self._health)
+        application.router.add_get("/is_sleeping", self._is_sleeping)
         for path, method in {
             "/inference/v1/generate": self._generate,
             "/pause": self._pause,
             "/resume": self._resume,
             "/reset_prefix_cache": self._health,
             "/collective_rpc": self._collective_rpc,
+            "/sleep": self._sleep,
+            "/wake_up": self._wake_up,
         }.items():
             application.router.add_post(path, method)
         return application
@@ -150,6 +161,10 @@ class FakeServer:
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
         prompt, sampling = body["token_ids"], body["sampling_params"]
+        if not (all(self._memory.values()) and self._has_weights):
+            state = self._state()
+            raise web.HTTPConflict(text=f"asked for a response while it sleeps, or has no weights: {state}")
+        self._refuse_tenant("generate")
         limit = self._setup.max_model_len
         if len(prompt) + sampling["max_tokens"] > limit:
             wanted = f"{len(prompt)} prompt tokens + max_tokens={sampling['max_tokens']}"
@@ -198,6 +213,36 @@ class FakeServer:
         self._may_go_on.set()
         return web.json_response({"status": "resumed"})
 
+    async def _sleep(self, request: web.Request) -> web.Response:
+        if request.query.get("level") != "2" or request.query.get("mode") != "wait":
+            raise web.HTTPBadRequest(text=f"{request.path_qs}: the fake engine knows level=2&mode=wait")
+        if self._num_tokens:
+            raise web.HTTPConflict(text=f"put to sleep amid {len(self._num_tokens)} response(s)")
+        if any(not there for there in self._memory.values()):
+            return web.Response()  # as vLLM: what sleeps in part stays as it is
+        self._may_begin.clear()
+        self._memory, self._has_weights = dict.fromkeys(MEMORY, False), False
+        return web.Response()
+
+    async def _wake_up(self, request: web.Request) -> web.Response:
+        parts = request.query.getall("tags", list(MEMORY))
+        if not any(self._memory.get(part, True) for part in parts):
+            self._refuse_tenant("wake")
+            self._memory |= dict.fromkeys(parts, True)
+        if all(self._memory.values()):
+            await self._resume(request)
+        return web.Response()
+
+    async def _is_sleeping(self, request: web.Request) -> web.Response:
+        return web.json_response({"is_sleeping": not all(self._memory.values()), **self._state()})
+
+    def _state(self) -> dict[str, Any]:
+        return {"memory": [part for part, there in self._memory.items() if there], "has_weights": self._has_weights}
+
+    def _refuse_tenant(self, what: str) -> None:
+        if self._setup.tenant_file is not None and Path(self._setup.tenant_file).exists():
+            raise web.HTTPConflict(text=f"out of memory: another has the device, and it was told to {what}")
+
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         methods: dict[str, Callable[..., dict[str, Any]]] = {
@@ -206,6 +251,7 @@ class FakeServer:
             "fastreason_prepare": lambda path, checksum: {},
             "fastreason_load": self._load,
             "fastreason_restore": self._restore,
+            "fastreason_give_up": self._give_up,
         }
         if body.get("method") not in methods:
             raise web.HTTPBadRequest(text=f"method {body.get('method')!r}: the fake engine knows {sorted(methods)}")
@@ -218,16 +264,25 @@ class FakeServer:
         setup = self._setup
         return describe_server(setup.model_dir, setup.model_dir, setup.max_model_len, setup.dtype, probe)
 
-    def _restore(self) -> dict[str, Any]:
-        self._held = None
+    def _give_up(self) -> dict[str, Any]:
+        self._held = "given up"
         return {}
+
+    def _restore(self) -> dict[str, Any]:
+        self._take_weights(None)
+        return {}
+
+    def _take_weights(self, checksum: str | None) -> None:
+        if not self._memory["weights"]:
+            raise ValueError("there is no memory for weights: it sleeps")
+        self._held, self._has_weights = checksum, True
 
     def _load(self, path: str, checksum: str) -> dict[str, Any]:
         started = time.perf_counter()
         digest = digest_file(published_file(path))
         if digest.hexdigest() != checksum:
             raise ValueError(f"checksum of {path} is {digest.hexdigest()}, sent was {checksum}: the file changed")
-        self._held = checksum
+        self._take_weights(checksum)
         return {
             "checksum": checksum,
             "num_tensors": digest.num_tensors,
@@ -244,6 +299,8 @@ def main() -> None:
     parser.add_argument("host", nargs="?", default=LOOPBACK)
     arguments = parser.parse_args()
     setup = msgspec.json.decode(arguments.setup.read_bytes(), type=Setup)
+    if setup.tenant_file is not None and Path(setup.tenant_file).exists():
+        sys.exit("out of memory: another has the device that it was started on")
 
     async def application() -> web.Application:
         return FakeServer(setup).application()

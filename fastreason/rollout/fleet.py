@@ -166,6 +166,12 @@ class Fleet:
             total_s=total_s,
         )
 
+    async def sleep(self) -> float:
+        raise EngineError("several engines do not sleep in turns with a trainer")
+
+    async def wake(self) -> float:
+        return 0.0
+
     async def adopt(self, update: WeightUpdate | None) -> None:
         self._wanted = update
         for engine in self._engines:

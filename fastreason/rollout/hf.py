@@ -99,6 +99,12 @@ class HfEngine:
         ended = time.perf_counter()
         return LoadReport(**report, pause_s=ended - waited, load_s=ended - waited, total_s=ended - started)
 
+    async def sleep(self) -> float:
+        raise EngineError("rollout.engine=hf cannot sleep: resources.sleep=on is for vllm")
+
+    async def wake(self) -> float:
+        return 0.0
+
     async def adopt(self, update: WeightUpdate | None) -> None:
         if update is not None:
             await self.load_weights(update)

@@ -62,6 +62,7 @@ class Lifeline:
     `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. `spare`: other
     servers do the work meanwhile, so that a recovery never ends but with a server, and one that hangs and is nobody's to
     restart may be found alive again. `log` is where to read about the server, `key_hint` what to do where it refuses the key.
+    While it is `resting` no server is started, and how long one is away does not count.
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class Lifeline:
         spare: bool = False,
         log: str = "see logs/engine.log in the run's folder",
         key_hint: str = "",
+        resting: Callable[[], bool] = lambda: False,
     ) -> None:
         self._spare, self._log, self._key_hint = spare, log, key_hint
         self._trouble: str | None = None
         self._connect, self._revive = connect, revive
         self._startup_timeout_s, self._hang_timeout_s = startup_timeout_s, hang_timeout_s
         self._on_hung, self._on_event = on_hung, on_event or (lambda name, text: None)
-        self._begun = takes_over
+        self._begun, self._resting = takes_over, resting
         self._connection: Connection | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -236,6 +238,8 @@ class Lifeline:
                 if reason is not None and self._on_hung is not None:
                     self._on_hung(f"the {connection.server} {reason}")
                 patience.look()
+                if self._resting():
+                    patience.renew()
                 if patience.exhausted:
                     raise EngineError(
                         f"the {connection.server} did not answer within rollout.startup_timeout_s="

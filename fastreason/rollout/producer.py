@@ -8,6 +8,7 @@ algorithm.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Producer:
     """Serves one trainer. `render` turns a prompt into token ids; `reject` names the reason why a group is not trained on.
 
     greedy: a prompt is answered once more, with the likeliest token at each place, for its reward and length. teacher: scores
-    the tokens of every response that is trained on.
+    the tokens of every response that is trained on. sleeps: the engine sleeps from the end of a batch until the weights that it
+    makes; starts_asleep: and from its start until it is needed.
     """
 
     def __init__(
@@ -61,8 +63,12 @@ class Producer:
         trace: Trace | None = None,
         greedy: bool = False,
         teacher: Teacher | None = None,
+        sleeps: bool = False,
+        starts_asleep: bool = False,
     ) -> None:
         self._teacher = teacher
+        self._sleeps, self._starts_asleep = sleeps, starts_asleep
+        self._sleep_s, self._asleep_since = 0.0, 0.0
         self._config, self._engine, self._grader, self._books = config, engine, grader, books
         self._eval_prompts, self._render = eval_prompts, render
         self._num_train_prompts, self._run_dir, self._on_progress = num_train_prompts, run_dir, on_progress
@@ -101,6 +107,24 @@ class Producer:
         if self._teacher is not None:
             await self._teacher.start()
         await self._engine.start()
+        if self._starts_asleep:
+            await self._sleep()
+
+    async def _sleep(self) -> None:
+        """Have the engine make room for the trainer, where they take turns."""
+        if self._sleeps:
+            self._asleep_since = time.time()
+            self._sleep_s = await self._engine.sleep()
+
+    async def _wake(self) -> None:
+        """Have it back for what is about to be asked."""
+        self._note_woken(await self._engine.wake())
+
+    def _note_woken(self, wake_s: float) -> None:
+        if self._asleep_since:
+            seconds = {"sleep_s": round(self._sleep_s, 4), "wake_s": round(wake_s, 4)}
+            self._trace.complete("engine", "asleep", self._asleep_since, time.time(), **seconds)
+            self._asleep_since = 0.0
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -154,6 +178,7 @@ class Producer:
             case wire.Start():
                 self._engine.version = request.version
                 self._books.start(request.version, request.trained, request.state)
+                await self._wake()
                 self._fill()
             case wire.Rejoin():
                 await self._rejoin(request)
@@ -257,15 +282,16 @@ class Producer:
         books.count("reward/timeouts", self._grader.num_timeouts - self._num_timeouts)
         self._num_timeouts = self._grader.num_timeouts
         figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE} | self._engine.figures()
-        return wire.Batch(
-            groups=groups,
-            generate_s=self._sampling.generating.take(),
-            grade_s=self._sampling.grading.take(),
-            figures=figures,
-        )
+        seconds = {"generate_s": self._sampling.generating.take(), "grade_s": self._sampling.grading.take()}
+        if self._sleeps:
+            assert books.admission is not None and not books.admission.num_running, "put to sleep amid a response"
+            await self._sleep()
+            figures["time/sleep_s"] = self._sleep_s
+        return wire.Batch(groups=groups, figures=figures, **seconds)
 
     async def _publish(self, request: wire.Publish) -> wire.Published:
         report = await self._engine.load_weights(request.update)
+        self._note_woken(report.wake_s)
         self._books.publish(request.update.version)
         self._fill()
         async with self._changed:
@@ -289,6 +315,7 @@ class Producer:
 
     async def _evaluate(self, name: str) -> Any:
         config = self._config
+        await self._wake()
         params = SamplingParams(
             n=config.eval.samples_per_prompt,
             temperature=config.eval.temperature,

@@ -7,8 +7,9 @@ choice (vLLM 0.28), so every sample is a request of its own, and finished ones a
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdat
 GENERATE = "/inference/v1/generate"
 # In flight: requests keep what they have, and their KV cache. At a boundary: those that run end first, later ones wait.
 PAUSE = {"in_flight": "/pause?mode=keep&clear_cache=false", "boundary": "/pause?mode=wait&clear_cache=true"}
+# Level 2 gives the weights up too, where level 1 copies them to the host and back: whenever it wakes it is handed others, or
+# (before the first version) reads its own files again.
+SLEEP, WAKE = "/sleep?level=2&mode=wait", "/wake_up?tags="
 # One output a request, when it has ended, and no text: else the API server makes both for every token.
 FINAL_TOKENS = {"output_kind": 2, "detokenize": False}
 LOOK_S = 0.05  # between two looks for the next update
@@ -46,11 +50,13 @@ def make_server(
     exchange_dir: str,
     key: str,
     temporary_dir: str | None = None,
+    tenant_file: Path | None = None,
     **where: str,
 ) -> EngineServer:
     """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
 
-    where: `host` and `label` of EngineServer, for one that runs elsewhere talk to.
+    tenant_file: given where the server sleeps while another has its GPUs. where: `host` and `label` of EngineServer, for one
+    that runs elsewhere talk to.
     """
     options: dict[str, Any] = {
         "dtype": config.model.dtype,
@@ -58,6 +64,7 @@ def make_server(
         "seed": config.run.seed,
         "device": device,
         "host": where.get("host", LOOPBACK),
+        "sleeps": tenant_file is not None,
     }
     return EngineServer(
         "vLLM server",
@@ -90,7 +97,8 @@ class VllmEngine:
     `on_hung` has a server that shows no sign of life for `hang_timeout_s` seconds killed and restarted; `on_event` hears of
     losses and recoveries; `takes_over` where the server is another client's, `spare` where it is one of several, `log` where to
     read about it (see Lifeline). `name` is the engine's: vllm, or fake where the fake engine's server answers. `verify` raises
-    EngineError where a server is not one that this run can use; every server is shown to it first.
+    EngineError where a server is not one that this run can use; every server is shown to it first. `resting` is given where the
+    engine sleeps at times, and says whether another has its GPU, so that none is started.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class VllmEngine:
         key_hint: str = "",
         name: str = "vllm",
         verify: Callable[[Connection], Awaitable[None]] | None = None,
+        resting: Callable[[], bool] | None = None,
     ) -> None:
         self.name, self.version, self.url = name, 0, url.rstrip("/")
         self._verify, self._told = verify, asyncio.Event()
@@ -117,6 +126,10 @@ class VllmEngine:
         self._num_sent = 0
         self._wanted: WeightUpdate | None = None  # what the engine is to hold: None for the model that it started with
         self._loaded: tuple[Connection, WeightUpdate, LoadReport] | None = None
+        self._sleeps, self._asleep = (
+            resting is not None,
+            False,
+        )  # at times; now, whatever the server may do at the moment
         self._lifeline = Lifeline(
             lambda: Connection(name, self.url, key, config.request_timeout_s),
             self._revive,
@@ -128,6 +141,7 @@ class VllmEngine:
             spare=spare,
             log=log,
             key_hint=key_hint,
+            resting=resting or (lambda: False),
         )
 
     @property
@@ -142,6 +156,7 @@ class VllmEngine:
             await self._lifeline.call(self._revive, "taking over an engine elsewhere")
 
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
+        assert not self._asleep, f"asked for {request_id} while the engine sleeps"
         requests = [
             self._lifeline.call(
                 partial(self._generate_one, request_id, prompt_token_ids, params, index),
@@ -207,13 +222,54 @@ class VllmEngine:
         entries = answer.body["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries, strict=True)]
 
+    async def sleep(self) -> float:
+        """As the protocol says; when the server dies, its successor falls asleep too."""
+        started, self._asleep = time.perf_counter(), True
+        await self._lifeline.call(self._lull, "putting the engine to sleep")
+        return time.perf_counter() - started
+
+    async def _lull(self, connection: Connection) -> None:
+        self._loaded = None
+        await call_workers(connection, "fastreason_give_up")
+        await connection.ask(SLEEP)
+
+    async def wake(self) -> float:
+        if not self._asleep:
+            return 0.0
+        started, self._asleep = time.perf_counter(), False
+        await self._lifeline.call(lambda connection: self._bring(connection, self._wanted), "waking the engine")
+        return time.perf_counter() - started
+
+    @contextlib.asynccontextmanager
+    async def _woken(self, connection: Connection) -> AsyncIterator[Callable[[], float]]:
+        """Where it sleeps at times: weights have memory inside, the KV cache from the end on; says the seconds of both.
+
+        The weights come into an engine that is as small as it can be. One that is awake does nothing when told to wake.
+        """
+        seconds = 0.0
+
+        async def wake(part: str) -> None:
+            nonlocal seconds
+            if self._sleeps:
+                started = time.perf_counter()
+                await connection.ask(WAKE + part)
+                seconds += time.perf_counter() - started
+
+        await wake("weights")
+        yield lambda: seconds
+        await wake("kv_cache")
+
+    async def _resume(self, connection: Connection) -> None:
+        if not self._sleeps:  # else its waking does that, once there is a KV cache
+            await connection.ask("/resume")
+
     async def load_weights(self, update: WeightUpdate) -> LoadReport:
         """As the protocol says; when the server dies meanwhile, its successor starts with `update`.
 
         `pause_s` is the time from the answer to the pause until the answer to the resume; all of it, when the server died.
         """
         started, num_losses = time.perf_counter(), self._lifeline.num_losses
-        former, self._wanted = self._wanted, update
+        former, self._wanted, self._asleep = self._wanted, update, False
         try:
             report = await self._lifeline.call(partial(self._load_wanted, update), f"loading version {update.version}")
         except EngineError:
@@ -226,10 +282,12 @@ class VllmEngine:
     async def _load_wanted(self, update: WeightUpdate, connection: Connection) -> LoadReport:
         if self._loaded is not None and self._loaded[:2] == (connection, update):
             return self._loaded[2]  # a recovery was faster
-        return await self._load(connection, update)
+        async with self._woken(connection) as wake_s:
+            report = await self._load(connection, update)
+        return msgspec.structs.replace(report, wake_s=wake_s())
 
     async def adopt(self, update: WeightUpdate | None) -> None:
-        """Take over a live engine from another client: have it hold `update` (None: what it started with), and go on."""
+        """Take over a live engine from another client: have it hold `update` (None: what it started with), awake, and go on."""
         self._wanted = update
         await self._lifeline.call(lambda connection: self._bring(connection, update), "taking over the engine")
 
@@ -253,13 +311,16 @@ class VllmEngine:
                 return
 
     async def _bring(self, connection: Connection, wanted: WeightUpdate | None) -> None:
+        if self._asleep:
+            return await self._lull(connection)
         held = {state["checksum"] for state in await call_workers(connection, "fastreason_beat")}
-        if wanted is None and held != {None}:
-            await self._restore(connection)
-        elif wanted is not None and held != {wanted.checksum}:
-            await self._load(connection, wanted)
-        else:
-            await connection.ask("/resume")
+        async with self._woken(connection):
+            if wanted is None and held != {None}:
+                await self._restore(connection)
+            elif wanted is not None and held != {wanted.checksum}:
+                await self._load(connection, wanted)
+            else:
+                await self._resume(connection)
         if wanted is not None:
             self.version = wanted.version
 
@@ -278,7 +339,7 @@ class VllmEngine:
         try:
             await call_workers(connection, "fastreason_restore")
         finally:
-            await connection.ask("/resume")
+            await self._resume(connection)
 
     async def _load(self, connection: Connection, update: WeightUpdate) -> LoadReport:
         """Pause, load, verify, resume, and stamp what is in flight from there on."""
@@ -299,7 +360,7 @@ class VllmEngine:
                 self.version = update.version
             finally:
                 # Also when we were told to stop before the pause was answered: it may have been heard.
-                await connection.ask("/resume")
+                await self._resume(connection)
         finally:
             connection.allowance_s = 0.0
         report = LoadReport(

@@ -38,8 +38,9 @@ def server_command(
     seed: int,
     device: str,
     host: str = LOOPBACK,
+    sleeps: bool = False,
 ) -> list[str]:
-    """The command line of one server; holds no secret."""
+    """The command line of one server; holds no secret. sleeps: it can give up its memory (on a GPU)."""
     assert dtype != "auto", "vLLM's own auto is the dtype of the model's files, not the run's"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = {
@@ -64,6 +65,7 @@ def server_command(
         options["--max-num-seqs"] = 128
         options["--block-size"] = 32  # of 128, which it takes by itself, a group shares no prompt below 128 tokens
     else:
+        flags += ["--enable-sleep-mode"] if sleeps else []
         options["--gpu-memory-utilization"] = config.gpu_memory_utilization
         if config.transport in ("ipc", "nccl"):
             options["--weight-transfer-config"] = json.dumps({"backend": config.transport})

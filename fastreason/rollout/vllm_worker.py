@@ -21,7 +21,9 @@ class WeightWorker:
 
     model_runner: Any
     model_config: Any
-    fastreason_held: str | None = None  # checksum of the weights loaded last, None for those of the start
+    fastreason_held: str | None = (
+        None  # checksum of the weights loaded last, None for those of the start; or what is amiss
+    )
     fastreason_watching: "Watch | None" = None
     fastreason_ahead: "tuple[str, Future[tuple[dict[str, torch.Tensor], Digest]]] | None" = None
 
@@ -88,6 +90,11 @@ class WeightWorker:
         report = self.fastreason_watching.end()
         self.fastreason_watching, self.fastreason_held = None, report["checksum"]
         return report
+
+    def fastreason_give_up(self) -> dict[str, Any]:
+        """Note that the weights are about to be lost: the engine falls asleep without keeping them."""
+        self.fastreason_held = "given up"
+        return {}
 
     def fastreason_restore(self) -> dict[str, Any]:
         """Load the model's own files again, whatever has been loaded since the start; the engine must be paused."""

@@ -155,7 +155,8 @@ def test_two_ranks_with_a_double_buffer_and_zero_3_on_cores_of_their_own_tell_no
         checkpoint={"every": 4},
         log={"trace": True},
     )
-    run.environment |= secret_search.USER_KEYS
+    # Slow enough that all of its processes are seen at once on a busy machine.
+    run.environment |= {**secret_search.USER_KEYS, "TEST_REWARD_SLEEP_S": "0.1"}
     run.start()
     words = ("fake_server",), ("_process", "producer"), ("run_grader",), ("-u", "_process", "trainer")
     run.until(

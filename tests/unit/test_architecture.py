@@ -15,7 +15,7 @@ HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
 PURE = {"advantages", "filtering", "gae", "kl", "losses", "packing", "rewards"}
 PLUMBING = {"resources", "metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
-PLUMBING |= {"processes", "session", "patience", "beats"}
+PLUMBING |= {"processes", "session", "patience", "beats", "tenancy"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
 PARTS |= {"credit", "critic", "frozen", "lora"}
@@ -41,6 +41,8 @@ ALLOWED = {
     "models": FOUNDATION,
     "session": FOUNDATION,
     "patience": set(),
+    "placement": FOUNDATION | {"resources"},
+    "tenancy": {"ranks"},
     "beats": {"patience"},
     "figures": MEANING,
     "alerts": FOUNDATION,
@@ -58,15 +60,16 @@ ALLOWED = {
     "data": MEANING,
     "families": FOUNDATION,
     "lora": MEANING,
-    "policy": MEANING | {"families", "lora"},
+    "body": MEANING | {"families"},
+    "policy": MEANING | {"families", "lora", "body"},
     "checkpoint": FOUNDATION | PLUMBING,
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
-    "plan": FOUNDATION | {"metrics", "models", "preflight"},
+    "plan": FOUNDATION | {"metrics", "models", "preflight", "placement"},
     "credit": MEANING | PLUMBING,
-    "frozen": MEANING | PLUMBING | {"policy", "lora"},
-    "critic": MEANING | PLUMBING | {"policy", "update"},
+    "frozen": MEANING | PLUMBING | {"policy", "lora", "body"},
+    "critic": MEANING | PLUMBING | {"policy", "update", "body"},
     "update": MEANING | PLUMBING | {"policy", "critic", "lora"},
     "sync": MEANING | PLUMBING | {"policy"},
     "objectives": MEANING | {"policy"},

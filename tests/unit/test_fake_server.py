@@ -114,6 +114,9 @@ def test_nothing_answers_without_the_key_and_every_answer_names_the_server(serve
         "/collective_rpc",
         "/inference/v1/generate",
         "/reset_prefix_cache",
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
         "/none",
     ]
 
@@ -130,7 +133,7 @@ def test_nothing_answers_without_the_key_and_every_answer_names_the_server(serve
     use(server, lambda engine: engine.score(PROMPT))  # it is up
     found = asyncio.run(ask())
     refused = [status for (headers, _), status in found.items() if KEY not in headers]
-    assert refused == [401] * 14
+    assert refused == [401] * 20
     given = {path: found[str({"Authorization": f"Bearer {KEY}"}), path] for path in paths}
     assert given["/health"] == 200 and given["/none"] == 404 and given["/pause"] == 405
 
@@ -280,4 +283,4 @@ def test_the_tokens_come_from_the_model_s_tokenizer(tmp_path):
     with pytest.raises(EngineError, match=r"rollout.engine=fake: .*empty has no tokenizer.json"):
         fake_server.read_tokens(str(tmp_path / "empty"))
     setup = json.loads((tmp_path / "fake-engine.json").read_text())
-    assert setup == {"token_ids": [1, 3], "eos_token_id": 2, "max_model_len": 9, "token_s": 0.5}
+    assert setup == {"token_ids": [1, 3], "eos_token_id": 2, "max_model_len": 9, "token_s": 0.5, "tenant_file": None}

@@ -32,6 +32,7 @@ WINDOW = {"sliding_window": 5}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 # (class of the config, its own keys). An odd vocabulary is one that no block of a kernel divides.
 FAMILIES = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "vocab_size": 113}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": False}),
     "qwen3_window": ("Qwen3Config", {"head_dim": 16, "use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
@@ -45,6 +46,9 @@ FAMILIES = {
     "mistral_window": ("MistralConfig", WINDOW),
     "phi": ("PhiConfig", {"vocab_size": 131}),
     "phi3": ("Phi3Config", {"sliding_window": 5, "bos_token_id": 1, "eos_token_id": 2}),
+    "olmo2": ("Olmo2Config", {"eos_token_id": 2}),
+    "olmo3": ("Olmo3Config", {"eos_token_id": 2, **MIXED}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0], "bos_token_id": 1, "eos_token_id": 2}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.25, "head_dim": 8, **MIXED}),
     "granite": ("GraniteConfig", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
@@ -213,7 +217,7 @@ def test_a_model_that_scales_its_states_before_the_head_is_refused(tmp_path, mon
 
 def test_capped_attention_scores_take_eager_attention_unless_sdpa_was_asked_for(tmp_path):
     folder = save_family("gemma2", tmp_path / "m")
-    assert load(folder, "sdpa").model.config._attn_implementation == "eager"
+    assert load(folder, "sdpa").model.config._attn_implementation == "unpadded_eager"
     with pytest.raises(ModelError, match=r"model\.attn_implementation=sdpa: .* caps its attention scores"):
         load(folder, "sdpa", attn_implementation="sdpa")
 

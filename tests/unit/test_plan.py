@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,27 @@ from fastreason_kernels import gemm
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastreason import preflight
 from fastreason.cli import main
+from fastreason.config import load_config
 from fastreason.errors import ConfigError, ModelError
-from fastreason.plan import calibration, memory
+from fastreason.placement import Placement, place
+from fastreason.plan import calibration, memory, sharing
 from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
 from fastreason.plan.memory import GIB, TrainerSetup, engine_memory, layer_bytes, loss_bytes, trainer_memory
 from fastreason.plan.shapes import SHAPES, Shape, named_shape, shape_of
-from fastreason.plan.split import Layout, Plan, fitting_setup, judge, needed_tensor_parallel, plan_gpus
+from fastreason.plan.split import (
+    SLACK,
+    Layout,
+    Plan,
+    fewest,
+    fitting_setup,
+    in_turn,
+    judge,
+    needed_tensor_parallel,
+    plan_gpus,
+    totals,
+)
 from fastreason.plan.times import StepTimes, Workload, generation, publication, token_step, training, training_flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,6 +274,125 @@ def test_the_split_and_the_degree():
     assert found.split.engine_gpus + found.split.setup.ranks == 8
     assert all(found.split.step_s <= other.split.step_s for other in every)
     assert plan_gpus(named_shape("1.5b"), h100, Rates(), work, TrainerSetup(), 1).split is None
+
+
+def test_of_two_that_are_about_as_fast_the_smaller_is_taken():
+    def of(engines, step_s):
+        return replace(layout(StepTimes(step_s, step_s, 1.0, 0.0)), engines=engines)
+
+    fast, near, slow = of(9, 10.0), of(5, 10.0 * SLACK), of(2, 10.1 * SLACK)
+    assert fewest([fast, slow, near]) is near and fewest([slow, fast]) is fast and fewest([]) is None
+    assert totals(20, 8) == [8, 16, 20] and totals(8, 8) == [8]
+    assert "10 GPUs stay idle: with them a step is less than 2% faster" in judge(Plan(TOY, 16, near, None))
+    assert "idle" not in judge(Plan(TOY, 6, near, None))
+
+
+def test_colocated_engines_have_the_room_that_the_trainer_leaves_and_the_reverse():
+    work = replace(WORK, micro_batch_tokens=30, updates=1)
+    rates = replace(EXACT, sleep_s=1.5, asleep_gib=200 / GIB, memory_share=0.9, swap_gb_s=1e-9)
+    wanted = TrainerSetup(ranks=1, zero_stage=2)
+    resting = memory.resident_bytes(trainer_memory(TOY, wanted, 0, 0))
+    # 388 parameters of 2 + 4 + 12 bytes; two buckets.
+    assert resting == 388 * 18 + 2 * 2 * 1_000_000
+    room = replace(DEVICE, memory=2 * (resting + 20_000))
+    found = in_turn(TOY, room, rates, work, wanted, 1, 1, "shm")
+    assert found.engine["kv cache"] == pytest.approx(0.9 * room.memory - resting - 2 * 388)
+    assert found.swap_s == 3.0 and found.step_s == pytest.approx(found.times.sync_s + 3.0)
+    assert found.times.publish_s == pytest.approx(776 / 1e3), "the way of the weights is the config's"
+
+    def at(num_bytes):
+        return in_turn(TOY, replace(room, memory=num_bytes), rates, work, wanted, 1, 1, "shm")
+
+    kept = at(resting / 0.9)
+    assert kept.setup.offload and kept.engine["kv cache"] == pytest.approx(388 * 12 - 2 * 388), (
+        "else it has no KV cache"
+    )
+    least = (resting - 388 * 12 + 2 * 388) / 0.9
+    assert at(least) is None and at(least + 2000) is not None
+    peak = sum(kept.trainer.values())
+    full = replace(rates, memory_share=1.0, asleep_gib=(least - peak) / GIB)
+    assert in_turn(TOY, replace(room, memory=least + 1), full, work, wanted, 1, 1, "shm") is not None
+    assert in_turn(TOY, replace(room, memory=least - 1), full, work, wanted, 1, 1, "shm") is None, (
+        "it holds that asleep"
+    )
+
+
+SHARED = Placement("colocated", sleeps=True)
+
+
+def shared_config(tmp_path, *overrides):
+    """The one-GPU recipe with a model of its shape on this machine."""
+    sizes = {"num_hidden_layers": 28, "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2}
+    more = {"intermediate_size": 8960, "vocab_size": 151936, "tie_word_embeddings": True, "model_type": "qwen2"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | more))
+    return load_config(ROOT / "configs" / "one_gpu.yaml", [f"model.path={tmp_path}", *overrides])
+
+
+def test_the_recipe_of_one_gpu_has_room_on_80_gb_and_sleeps(tmp_path):
+    config = shared_config(tmp_path)
+    assert place(config, "cuda") == SHARED
+    assert sharing.check_sharing(config, SHARED, 80e9) == []
+    assert sharing.check_sharing(load_config(ROOT / "configs" / "one_gpu.yaml"), SHARED, 80e9) == [
+        "memory on the shared GPU is not checked: the model's config.json is not on this machine."
+    ]
+    assert sharing.check_sharing(config, Placement("split"), 1.0) == []
+
+
+def test_a_reference_beside_the_policy_counts(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(sharing, "check_sharing", lambda config, placement, copies: asked.update(copies=copies) or [])
+    kl = ["algorithm.kl=k3", "algorithm.kl_coef=0.1"]
+    for overrides, copies in (
+        ([], []),
+        ([*kl, "rollout.transport=ipc"], ["reference", "published copy"]),
+        ([*kl, "lora.rank=8"], []),
+    ):
+        preflight.sharing_notes(shared_config(tmp_path, *overrides), SHARED, "cuda")
+        assert asked["copies"] == copies
+    assert preflight.sharing_notes(shared_config(tmp_path), SHARED, "cpu") == ()
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"beside it the trainer holds 32.3 \(.*reference 2.9, published copy 2.9\)"):
+        sharing.check_sharing(shared_config(tmp_path), SHARED, 57e9, ["reference", "published copy"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "words"),
+    [
+        (
+            [],
+            40e9,
+            r"=0.45: the engine takes 16.8 of the GPU's 37.3 GiB, and beside it the trainer holds 26.6 .*optimizer 17.3",
+        ),
+        (
+            ["rollout.gpu_memory_utilization=0.8"],
+            80e9,
+            r"=0.8: .* takes 59.6 .*holds 26.6 .*Use at most 0.59; train.offload=cpu",
+        ),
+        ([], 24e9, r"\. Train.offload=cpu keeps the optimizer on the host"),
+    ],
+)
+def test_what_cannot_fit_on_one_gpu_is_an_error_with_figures(tmp_path, overrides, memory, words):
+    with pytest.raises(ConfigError, match=words):
+        sharing.check_sharing(shared_config(tmp_path, *overrides), SHARED, memory)
+
+
+def test_what_may_not_fit_on_one_gpu_is_a_warning_with_figures(tmp_path):
+    crowded = shared_config(tmp_path, "rollout.gpu_memory_utilization=0.6", "train.micro_batch_tokens=65536")
+    assert sharing.check_sharing(crowded, SHARED, 80e9) == [], "asleep, the engine leaves the trainer its peak"
+    (said,) = sharing.check_sharing(crowded, Placement("colocated"), 80e9)
+    assert said.startswith("memory may not suffice: the trainer beside the engine's 44.7 take about 8")
+    assert "activations 9." in said and "let the engine sleep" in said
+    kept = shared_config(tmp_path, "model.gradient_checkpointing=false", "train.micro_batch_tokens=32768")
+    (said,) = sharing.check_sharing(kept, SHARED, 80e9)
+    assert "the trainer and the engine that sleeps take about" in said
+    assert sharing.check_sharing(shared_config(tmp_path, "lora.rank=8"), Placement("colocated"), 30e9) == []
+
+
+def test_a_machine_without_a_driver_has_no_memory_to_ask_for(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert sharing.device_memory(0) is None
+    monkeypatch.setattr(sharing.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="81559\n"))
+    assert sharing.device_memory(0) == 81559 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -376,3 +376,22 @@ def test_what_the_processes_share_is_listed_for_the_next_run(stage):
     s.watch((listed, s.send("engine server", signal.SIGKILL)), (s.has("engine server", 2), lambda: None))
     s.supervisor.stop()
     assert not [path for path in s.session.segments_file.read_text().split() if os.path.exists(path)]
+
+
+def test_a_part_that_rests_is_seen_to_when_it_is_needed_again(tmp_path):
+    """Dead, and asked to be started again: nothing is started, and nothing given up, while another has its memory."""
+    stage = Stage(tmp_path)
+    resting = tmp_path / "resting"
+    resting.touch()
+    stage.add("engine", LIVES, key="engine", resting=resting.exists)
+    stage.add_main()
+    stage.started["engine"][0].kill()
+    waited, seen = time.monotonic() + 1.0, set()
+
+    def still_one():
+        seen.add(len(stage.started["engine"]))
+        return time.monotonic() > waited
+
+    stage.watch((still_one, resting.unlink), (lambda: len(stage.started["engine"]) == 2, lambda: None))
+    assert seen == {1} and stage.supervisor.num_restarts == {"engine": 1}
+    stage.supervisor.stop()

@@ -21,10 +21,9 @@ from fastreason.rollout.vllm_server import explain_end, server_command, server_e
 KEY = "s3cret"
 
 
-def options(device, config=None, max_model_len=128):
-    command = server_command(
-        config or RolloutConfig(), "/m", 1234, dtype="bfloat16", max_model_len=max_model_len, seed=5, device=device
-    )
+def options(device, config=None, max_model_len=128, **keys):
+    keys = {"dtype": "bfloat16", "max_model_len": max_model_len, "seed": 5, "device": device, **keys}
+    command = server_command(config or RolloutConfig(), "/m", 1234, **keys)
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     pairs, flags, rest = {}, [], command[3:]
     while rest:
@@ -66,6 +65,11 @@ def test_each_process_of_a_tensor_parallel_engine_on_a_cpu_has_cores_of_its_own(
     config = RolloutConfig(cores=cores, tensor_parallel=number)
     environment = server_environment(config, exchange_dir="/e", device="cpu")
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == bound
+
+
+def test_one_that_shares_its_gpu_in_turn_can_sleep():
+    assert "--enable-sleep-mode" in options("cuda", sleeps=True)[1]
+    assert "--enable-sleep-mode" not in options("cuda")[1] + options("cpu", sleeps=True)[1]
 
 
 def vllm_server(log_path, **rollout):
