@@ -9,13 +9,14 @@ from typing import Literal
 from fastreason.config import Config
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
+from fastreason.resources import num_engines
 
 
 @dataclass(frozen=True)
 class Placement:
     """What `resources` comes to on a device. sleeps: the engine gives up its memory while the trainer has the GPUs."""
 
-    mode: Literal["split", "colocated"]
+    mode: Literal["split", "colocated", "remote"]
     sleeps: bool = False
 
 
@@ -23,10 +24,11 @@ SPLIT = Placement("split")
 
 
 def engine_gpus(config: Config) -> list[int]:
-    """The devices that the engine takes: the first of those it is given."""
+    """The devices that the engines take: the first of those they are given."""
     rollout = config.rollout
-    given = parse_cores(rollout.gpus, "rollout.gpus") if rollout.gpus else list(range(rollout.tensor_parallel))
-    return given[: rollout.tensor_parallel]
+    number = num_engines(config) * rollout.tensor_parallel
+    given = parse_cores(rollout.gpus, "rollout.gpus") if rollout.gpus else list(range(number))
+    return given[:number]
 
 
 def trainer_gpus(config: Config) -> list[int]:
@@ -39,11 +41,22 @@ def trainer_gpus(config: Config) -> list[int]:
 def place(config: Config, device: str) -> Placement:
     """The placement of a run that generates; raises ConfigError for one that cannot work.
 
-    auto is colocated where engine and trainer share a GPU, else split; on a CPU there is nothing to share but cores.
+    auto is remote with URLs, colocated where engine and trainer share a GPU, else split; on a CPU there is nothing to share but
+    cores.
     """
     wanted, on_gpu = config.resources.mode, device == "cuda"
+    if config.resources.urls:
+        if wanted not in ("auto", "remote"):
+            raise ConfigError(
+                f"resources.mode={wanted}: resources.urls names engines elsewhere. Use auto or remote, or leave the URLs out."
+            )
+        _refuse_sleep(config, "engines elsewhere share no memory with the trainer")
+        return Placement("remote")
     if wanted == "remote":
-        raise ConfigError("resources.mode=remote: the engines' addresses are missing. Use auto, split or colocated.")
+        raise ConfigError(
+            "resources.mode=remote: the engines' addresses are missing. Name them, resources.urls=[http://node1:8000], or use "
+            "auto, split or colocated."
+        )
     shared = sorted(set(engine_gpus(config)) & set(trainer_gpus(config))) if on_gpu else []
     if wanted == "split" and shared:
         raise ConfigError(
@@ -70,6 +83,8 @@ def _sleeps(config: Config, device: str) -> bool:
         _refuse_sleep(config, "rollout.engine=hf cannot sleep, only vllm can")
     elif rollout.engine == "vllm" and device == "cpu":
         _refuse_sleep(config, "the CPU build of vLLM cannot sleep, it would only log a warning")
+    elif num_engines(config) > 1:
+        _refuse_sleep(config, f"resources.engines={num_engines(config)}, and only a single engine sleeps in turns")
     elif rollout.max_staleness:
         _refuse_sleep(
             config,

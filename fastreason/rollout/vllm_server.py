@@ -12,7 +12,7 @@ import re
 import sys
 
 from fastreason.config import RolloutConfig
-from fastreason.cores import available_cores, parse_cores
+from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.exchange import EXCHANGE_VARIABLE
 from fastreason.rollout.server import LOOPBACK
 
@@ -37,6 +37,7 @@ def server_command(
     max_model_len: int,
     seed: int,
     device: str,
+    host: str = LOOPBACK,
     sleeps: bool = False,
 ) -> list[str]:
     """The command line of one server; holds no secret. sleeps: it can give up its memory (on a GPU)."""
@@ -45,7 +46,7 @@ def server_command(
     options = {
         "--model": model_dir,
         "--served-model-name": "policy",
-        "--host": LOOPBACK,
+        "--host": host,
         "--port": port,
         "--dtype": dtype,
         "--max-model-len": max_model_len,
@@ -90,11 +91,18 @@ def server_environment(
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the handles come pickled, behind the middleware
     if device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(config.kv_cache_gib))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or ",".join(map(str, available_cores()))
+        cores = parse_cores(config.cores, "rollout.cores") if config.cores else available_cores()
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = thread_binding(cores, config.tensor_parallel)
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif config.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, parse_cores(config.gpus, "rollout.gpus")))
     return environment
+
+
+def thread_binding(cores: list[int], number: int) -> str:
+    """The cores of each of `number` processes that compute: `0-1` for one, `0|1` for two."""
+    size = max(1, len(cores) // number)
+    return "|".join(cores_text(cores[index * size : (index + 1) * size]) for index in range(number))
 
 
 def explain_end(text: str, num_lines: int = 25) -> str:

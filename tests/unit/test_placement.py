@@ -7,13 +7,13 @@ from fastreason.errors import ConfigError
 from fastreason.placement import engine_gpus, place, trainer_gpus
 
 
-def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", **rollout):
+def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", engines=None, urls=(), **rollout):
     return parse_config(
         {
             "model": {"path": "/m"},
             "data": {"task": "chain_sum"},
             "rollout": {"max_staleness": staleness, **rollout},
-            "resources": {"mode": mode, "sleep": sleep},
+            "resources": {"mode": mode, "sleep": sleep, "engines": engines, "urls": list(urls)},
             "train": {"steps": 1, "prompts_per_step": 8, "gpus": train_gpus, "ranks": ranks},
         }
     )
@@ -35,6 +35,15 @@ def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", **r
         ({"mode": "colocated", "engine": "vllm"}, "cpu", "colocated", False),
         ({"mode": "colocated", "engine": "fake", "sleep": "on"}, "cpu", "colocated", True),
         ({"mode": "split", "gpus": "1"}, "cuda", "split", False),
+        (
+            {"engines": 2, "gpus": "0-1", "train_gpus": "1", "ranks": 1},
+            "cuda",
+            "colocated",
+            False,
+        ),  # several do not sleep
+        ({"engines": 2, "gpus": "6-7", "train_gpus": "0-5", "ranks": 6}, "cuda", "split", False),
+        ({"urls": ["http://n"]}, "cuda", "remote", False),  # nothing is started on this machine's GPU
+        ({"urls": ["http://n"], "mode": "remote"}, "cpu", "remote", False),
     ],
 )
 def test_what_resources_come_to(keys, device, mode, sleeps):
@@ -61,6 +70,10 @@ def test_what_resources_come_to(keys, device, mode, sleeps):
         ({"sleep": "on", "engine": "hf"}, "cuda", r"sleep=on: rollout.engine=hf cannot sleep"),
         ({"sleep": "on", "gpus": "1"}, "cuda", r"sleep=on: only a colocated engine sleeps"),
         ({"sleep": "on"}, "cpu", r"sleep=on: only a colocated engine sleeps"),
+        ({"sleep": "on", "engines": 2}, "cuda", r"sleep=on: resources.engines=2, and only a single engine sleeps"),
+        ({"mode": "remote"}, "cpu", r"mode=remote: the engines' addresses are missing.*resources.urls="),
+        ({"mode": "split", "urls": ["http://n"]}, "cuda", r"mode=split: resources.urls names engines elsewhere"),
+        ({"sleep": "on", "urls": ["http://n"]}, "cuda", r"sleep=on: engines elsewhere share no memory"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_key_and_a_way_out(keys, device, words):

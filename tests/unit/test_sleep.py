@@ -326,7 +326,7 @@ def test_a_trainer_that_goes_on_leaves_before_it_publishes(tmp_path):
 @pytest.mark.parametrize("sleeps", [True, False])
 def test_no_rank_loads_before_the_engine_has_had_its_memory(tmp_path, monkeypatch, sleeps):
     session = Session(
-        folder=str(tmp_path), run_dir="", model_dir="", engine_url=None, exchange_dir="", device="cuda",
+        folder=str(tmp_path), run_dir="", model_dir="", exchange_dir="", device="cuda",
         attention="", liger=False, resume=False, colocated=True, sleeps=sleeps,
     )  # fmt: skip
     config = make_config(startup_timeout_s=0.5)
