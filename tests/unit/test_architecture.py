@@ -76,13 +76,24 @@ ALLOWED = {
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
     **dict.fromkeys(
-        ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "serve"), EVERYTHING
+        ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "engine_clients", "serve"),
+        EVERYTHING,
     ),
     **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving", "engines"}
+CHOOSERS = {
+    "cli",
+    "preflight",
+    "launch",
+    "compose",
+    "compose_offline",
+    "companions",
+    "serving",
+    "engines",
+    "engine_clients",
+}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}
