@@ -4,6 +4,7 @@ Runs on every rank; rank 0 alone talks to the producer and writes files. Synchro
 same code: the producer's staleness bound decides.
 """
 
+import math
 import resource
 import sys
 import time
@@ -77,7 +78,7 @@ class Totals:
 class Parts:
     """Everything that the loop uses; `rollouts`, `metrics` and `samples` exist on rank 0 only.
 
-    `target`, `critic` and `silent` are the training step's.
+    `target`, `critic`, `silent` and `attention_tokens` are the training step's.
     """
 
     config: Config
@@ -99,6 +100,7 @@ class Parts:
     target: FrozenModel | None = None
     critic: Critic | None = None
     silent: frozenset[int] = frozenset()
+    attention_tokens: float = math.inf
 
 
 class Loop:
@@ -122,6 +124,7 @@ class Loop:
             parts.target,
             parts.critic,
             parts.silent,
+            parts.attention_tokens,
         )
 
     def run(self) -> bool:
@@ -297,6 +300,7 @@ def step_figures(seconds: dict[str, float], delivery: Delivery, figures: dict[st
     """The seconds and rates of a step, and what the producer counted."""
     return {
         **{f"time/{name}_s": value for name, value in seconds.items()},
+        "time/rank_wait_s": rank_wait_s(seconds["train"], figures["train/imbalance"]),
         "time/generate_s": delivery.generate_s,
         "time/grade_s": delivery.grade_s,
         # Replayed groups took no time.
@@ -305,6 +309,11 @@ def step_figures(seconds: dict[str, float], delivery: Delivery, figures: dict[st
         **delivery.figures,
         "memory/peak_gib": peak_memory_gib(),
     }
+
+
+def rank_wait_s(train_s: float, imbalance: float) -> float:
+    """Seconds of an update that a rank waits for the slowest, in the mean over ranks, where its time goes with its cost."""
+    return train_s * (1 - 1 / imbalance)
 
 
 def peak_memory_gib() -> float:

@@ -40,6 +40,7 @@ ALLOWED = {
     "models": FOUNDATION,
     "session": FOUNDATION,
     "patience": set(),
+    "nodes": {"errors", "patience"},
     "beats": {"patience"},
     "figures": MEANING,
     "alerts": FOUNDATION,
@@ -72,7 +73,9 @@ ALLOWED = {
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
     **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
-    **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
+    **dict.fromkeys(
+        ("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume", "follow"), EVERYTHING
+    ),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
