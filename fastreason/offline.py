@@ -20,7 +20,7 @@ from fastreason.loop import peak_memory_gib, rank_wait_s
 from fastreason.metrics import MetricsLog, Progress
 from fastreason.objectives import Objective
 from fastreason.packing import Layout, MicroBatch, Row, micro_batches_of
-from fastreason.ranks import Ranks
+from fastreason.ranks import Ranks, imbalance
 from fastreason.trace import Trace as Timeline
 from fastreason.update.updater import Updater
 
@@ -117,7 +117,7 @@ class OfflineLoop:
         self.totals.first = self.totals.first or {
             key: value for key, value in figures.items() if key.startswith("logp/") and not key.endswith("_change")
         }
-        imbalance = parts.ranks.imbalance(sum(batch.cost for batch in batches))
+        ratio = imbalance(parts.ranks, sum(batch.cost for batch in batches))
         (computed,) = parts.ranks.sum([float(sum(batch.num_tokens for batch in batches))])
         tokens = float(sum(len(row) for row in rows))
         self.totals.train_wall_s += ended - started
@@ -132,12 +132,12 @@ class OfflineLoop:
             "train/tokens": tokens,
             "train/tokens_in_loss": float(sum(row.num_trained for row in rows)),
             "train/tokens_computed": computed,
-            "train/imbalance": imbalance,
+            "train/imbalance": ratio,
             "train/tok_per_s": tokens / (ended - started),
             "time/step_s": ended - started,
             "time/data_s": prepared - started,
             "time/train_s": ended - prepared,
-            "time/rank_wait_s": rank_wait_s(ended - prepared, imbalance),
+            "time/rank_wait_s": rank_wait_s(ended - prepared, ratio),
             "time/wall_s": self.totals.train_wall_s,
             "memory/peak_gib": peak_memory_gib(),
         }

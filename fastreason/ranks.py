@@ -45,14 +45,15 @@ class Ranks:
         dist.all_reduce(tensor, op=operation)
         return tensor.tolist()
 
-    def imbalance(self, cost: float) -> float:
-        """max / mean of the ranks' costs: 1 where all have the same, or nothing, to do."""
-        (total,), (most,) = self.sum([cost]), self.max([cost])
-        return most * self.num / total if total else 1.0
-
     def barrier(self) -> None:
         if self.num > 1:
             dist.barrier()
+
+
+def imbalance(ranks: Ranks, cost: float) -> float:
+    """max / mean of the ranks' costs: 1 where all have the same, or nothing, to do."""
+    (total,), (most,) = ranks.sum([cost]), ranks.max([cost])
+    return most * ranks.num / total if total else 1.0
 
 
 def explain_timeout(error: BaseException) -> str | None:

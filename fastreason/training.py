@@ -18,7 +18,7 @@ from fastreason.filtering import overshoot, verdict
 from fastreason.frozen import FrozenModel, HeadDivergence
 from fastreason.kl import CoefficientState
 from fastreason.packing import Layout, MicroBatch, Row, loss_denominator, makes_row, micro_batches_of, rows_of
-from fastreason.ranks import Ranks
+from fastreason.ranks import Ranks, imbalance
 from fastreason.types import Group
 from fastreason.update.updater import Updater, UpdateResult
 
@@ -95,7 +95,7 @@ class TrainingStep:
         return figures | {
             "train/tokens": float(sum(len(row) for plan in plans for row in plan.rows)),
             "train/tokens_computed": computed,
-            "train/imbalance": self.ranks.imbalance(sum(batch.cost for batch in batches)),
+            "train/imbalance": imbalance(self.ranks, sum(batch.cost for batch in batches)),
         }
 
     def _prepare(self, groups: list[Group], spec: PolicyLossSpec, coef: float) -> list[Plan]:

@@ -22,7 +22,7 @@ from fastreason.packing import (
     units_of,
 )
 from fastreason.policy import Policy
-from fastreason.ranks import Ranks
+from fastreason.ranks import Ranks, imbalance
 from fastreason.training import TrainingStep
 from fastreason.types import Grade, Group, Prompt, Sample
 
@@ -397,9 +397,9 @@ class OneOf(Ranks):
 
 
 def test_imbalance_is_the_slowest_rank_s_cost_over_the_mean():
-    assert OneOf([80.0, 85.0]).imbalance(80.0) == pytest.approx(85 / 82.5)
-    assert OneOf([30.0, 0.0, 0.0]).imbalance(0.0) == 3
-    assert OneOf([0.0, 0.0]).imbalance(0.0) == 1
-    assert Ranks().imbalance(7.0) == 1
+    assert imbalance(OneOf([80.0, 85.0]), 80.0) == pytest.approx(85 / 82.5)
+    assert imbalance(OneOf([30.0, 0.0, 0.0]), 0.0) == 3
+    assert imbalance(OneOf([0.0, 0.0]), 0.0) == 1
+    assert imbalance(Ranks(), 7.0) == 1
     assert rank_wait_s(6.0, 1.5) == pytest.approx(2.0)
     assert rank_wait_s(6.0, 1.0) == 0
