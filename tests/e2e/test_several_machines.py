@@ -1,9 +1,11 @@
-"""One run on two machines, as two commands on this one that an outer launcher's environment tells apart."""
+"""One run on two machines, as two commands on this one: started by torchrun, or told apart by the environment that it gives."""
 
+import os
 import re
 import shutil
 import signal
 import socket
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from test_train_fake import assert_all_trained_once, steady
 
+TORCHRUN = Path(__file__).resolve().parents[2] / "configs" / "launch" / "torchrun.sh"
 TWO_STEPS = {"steps": 2, "zero_stage": 2, "threads": 1}
 
 
@@ -38,7 +41,11 @@ def test_two_machines_of_a_rank_each_train_what_one_of_two_ranks_does(train_run)
     alone = train_run(train={**TWO_STEPS, "ranks": 2})
     assert alone.run(timeout_s=150) == 0, alone.output + alone.logs()
     first, second = runs = [train_run(train={**TWO_STEPS, "ranks": 1}) for _ in range(2)]
-    as_nodes(runs)
+    port, paths = str(free_port()), os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    for number, run in enumerate(runs):
+        run.command = ["bash", str(TORCHRUN)]
+        run.environment |= {"NODE": str(number), "FIRST": "127.0.0.1", "NODES": "2", "PORT": port, "PATH": paths}
+        run.config_path, run.folder = first.config_path, first.folder
     first.start()
     second.start()
     assert first.wait(150, beside=second) == 0, first.output + first.logs()
@@ -49,7 +56,8 @@ def test_two_machines_of_a_rank_each_train_what_one_of_two_ranks_does(train_run)
     logs = {path.name for path in (first.run_dir / "logs").iterdir()}
     assert {"trainer.log", "trainer-node1.log"} <= logs
     for run in runs:
-        assert run.left_behind(2) == [] and run.files_left() == []
+        assert run.left_behind(2) == []
+        assert [name for name in run.files_left() if not name.startswith("torchelastic_")] == []  # torchrun's own logs
 
 
 @pytest.mark.slow

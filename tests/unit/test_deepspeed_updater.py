@@ -185,7 +185,7 @@ def job_memory() -> dict[str, Any]:
         updater = make_updater(stage, model, num_updates=6, offload=offload)
         zero = updater.engine._config.zero_config
         found[f"zero-{stage}/{offload}/{again}"] = {
-            "devices": [str(part.device.value) for part in (zero.offload_optimizer, zero.offload_param) if part],
+            "devices": [str(part.device) for part in (zero.offload_optimizer, zero.offload_param) if part],
             "results": run_updates(updater, micro_batches(mine, 3), len(FIVE_RATES)),
             "weights": whole_weights(updater),
         }
@@ -467,19 +467,18 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 def assert_same_training(found: dict[str, Any], stages: dict[str, Any]) -> None:
-    """As the rule of the kernels: no further from the same training in fp64 than plain torch in fp32, but for a slack of 4.
+    """As the rule of the kernels: no further from the same training in fp64 than plain torch in fp32 is, but for a slack of 2.
 
-    Both round every sum once an addition, in another order; nothing else may differ.
+    Both round every sum once an addition, in another order; nothing else may differ. A loss and a norm pass through some dozens
+    of sums, one after another, each of which rounds by a unit or so: 64 units of 2^-24.
     """
     plain, exact = stages["torch"], stages["exact"]
-    for got, rounded, true in zip(found["results"], plain["results"], exact["results"], strict=True):
+    for got, true in zip(found["results"], exact["results"], strict=True):
         assert got["applied"]
         assert got["lr"] == pytest.approx(true["lr"], rel=1e-12)
         for key in ("loss", "grad_norm"):
-            # Of the first update only a unit of rounding may be left, by luck.
-            allowed = 4 * max(abs(rounded[key] - true[key]), 2.0**-20 * abs(true[key]))
-            assert abs(got[key] - true[key]) <= allowed, (key, got[key], rounded[key], true[key])
-    assert distance(found["weights"], exact["weights"]) <= 4 * distance(plain["weights"], exact["weights"])
+            assert got[key] == pytest.approx(true[key], rel=64 * 2.0**-24), key
+    assert distance(found["weights"], exact["weights"]) <= 2 * distance(plain["weights"], exact["weights"])
 
 
 @pytest.mark.slow
