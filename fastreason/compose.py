@@ -210,6 +210,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.device import prepare_device
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
+    from fastreason.models import attention_tokens
     from fastreason.policy import choose_layout, load_policy
     from fastreason.ranks import Ranks
     from fastreason.sync import save_model
@@ -243,6 +244,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         run_dir=run_dir,
         layout=choose_layout(config.train.share_prompts, session.attention, session.device),
         pad_token_id=policy.model.config.pad_token_id or 0,
+        attention_tokens=attention_tokens(policy.model.config),
         stop_requested=stop,
         resume_from=resume_from,
         target=load_target(session, config, algorithm, device, num_columns, updater),

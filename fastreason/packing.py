@@ -10,6 +10,7 @@ Three layouts, the same loss:
              hidden states do not depend on what follows, so nothing but rounding changes
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -90,7 +91,7 @@ class MicroBatch:
     0 or 1, which tokens that term acts on; None: all. divergence: a KL that needs the whole vocabulary, in the loss.
     values_N, returns_N: fp32, what a critic said before the step, and what it is to learn. weight_B: fp32, `Row.token_weight`
     of each row. ref_sum_B: fp64, `Row.ref_logp` of each row, None where one has none. is_filler: only there because other
-    ranks have more micro-batches.
+    ranks have more micro-batches. cost: of its units, `unit_cost`; 0 of a filler.
     """
 
     input_ids_BL: Tensor
@@ -115,6 +116,7 @@ class MicroBatch:
     weight_B: Tensor | None = None
     ref_sum_B: Tensor | None = None
     is_filler: bool = False
+    cost: float = 0.0
 
     def sequence_sums(self, values_N: Tensor) -> Tensor:
         """[N] -> [num_rows] fp64: the sum over each row's response tokens."""
@@ -187,14 +189,22 @@ def loss_denominator(
     return float(max(1, count))
 
 
-def split_balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Indices of `lengths` in `num_shares` shares of nearly equal total length, longest first to the lightest share."""
+def unit_cost(lengths: Sequence[int], attention_tokens: float) -> float:
+    """What a unit of lines of so many tokens costs, in tokens of a short line: sum of L (1 + L / attention_tokens).
+
+    attention_tokens: the length at which a line's attention, which grows with its square, costs as much as all else.
+    """
+    return sum(length * (1 + length / attention_tokens) for length in lengths)
+
+
+def split_balanced(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Indices of `costs` in `num_shares` shares of nearly equal totals, the greatest first to the lightest share."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
-    totals = [0] * num_shares
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    totals = [0.0] * num_shares
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         lightest = min(range(num_shares), key=lambda s: (totals[s], len(shares[s]), s))
         shares[lightest].append(index)
-        totals[lightest] += lengths[index]
+        totals[lightest] += costs[index]
     return shares
 
 
@@ -232,23 +242,29 @@ def micro_batches_of(
     num_ranks: int = 1,
     pad_token_id: int = 0,
     pairs: bool = False,
+    attention_tokens: float = math.inf,
 ) -> list[MicroBatch]:
     """One rank's micro-batches of an update's rows, at most `budget` tokens each where a unit does not need more.
 
-    Every rank makes equally many, as ZeRO's collectives need: those without enough add fillers, whose rows weigh nothing.
-    Nothing without rows. pairs: as in `units_of`.
+    The ranks' shares are balanced by `unit_cost`. Every rank makes equally many micro-batches, as ZeRO's collectives need:
+    those without enough add fillers, whose rows weigh nothing. Nothing without rows. pairs: as in `units_of`.
     """
     units = units_of(rows, layout, pairs)
     lines = [[unit_length(line) for line in unit_lines(unit, layout)] for unit in units]
-    shares = split_balanced([sum(lengths) for lengths in lines], num_ranks)
+    costs = [unit_cost(lengths, attention_tokens) for lengths in lines]
+    shares = split_balanced(costs, num_ranks)
     plans = []
     for share in shares:
         lengths = [sum(lines[i]) if layout == "packed" else max(lines[i]) for i in share]
         plans.append(plan_micro_batches(lengths, budget, layout, [len(lines[i]) for i in share]))
     share, plan = shares[rank], plans[rank]
-    batches = [collate([units[share[i]] for i in part], layout, pad_token_id) for part in plan]
+    batches = [
+        replace(collate([units[share[i]] for i in part], layout, pad_token_id), cost=sum(costs[share[i]] for i in part))
+        for part in plan
+    ]
     while len(batches) < max(map(len, plans)):
-        filler = [replace(row, advantage=0.0, token_weight=0.0) for row in units[0][: 1 + pairs]]
+        cheapest = min(range(len(units)), key=costs.__getitem__)
+        filler = [replace(row, advantage=0.0, token_weight=0.0) for row in units[cheapest][: 1 + pairs]]
         batches.append(replace(collate([filler], layout, pad_token_id), is_filler=True))
     return batches
 

@@ -43,6 +43,7 @@ ALLOWED = {
     "patience": set(),
     "placement": FOUNDATION | {"resources"},
     "tenancy": {"ranks"},
+    "nodes": {"errors", "patience"},
     "beats": {"patience"},
     "figures": MEANING,
     "alerts": FOUNDATION,
@@ -79,7 +80,9 @@ ALLOWED = {
         ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "engine_clients", "serve"),
         EVERYTHING,
     ),
-    **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
+    **dict.fromkeys(
+        ("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume", "follow"), EVERYTHING
+    ),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
