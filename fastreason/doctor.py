@@ -1,7 +1,8 @@
 """Looks at the machine and the installed packages, and says what would stop a run and what to do about it.
 
 Every check is a function that returns `Check`s and changes nothing. Heavy packages are imported in processes of their
-own (`probes.py`), so that a crash or a hang there is a finding here. Uses no network.
+own (`probes.py`), so that a crash or a hang there is a finding here. Uses no network, but for the engine servers that a
+config names.
 """
 
 import importlib.metadata
@@ -24,6 +25,7 @@ from fastreason.machine import (
     check_compiler,
     check_cores,
     check_disk,
+    check_engines,
     check_memory,
     check_port,
     check_precision,
@@ -50,6 +52,7 @@ def run_doctor(config: Config | None = None, probe_timeout_s: float = PROBE_TIME
         checks += check_requirements(needed)
         checks += [check_vllm_pairing(config), check_shadowing(sys.path)]
         checks += [check_shared_memory(config), check_disk(config), check_port(config), check_cores(config)]
+        checks += check_engines(config)
         torch = running.finding("torch")
         has_gpu = bool(torch.values.get("gpus"))
         on_gpu = has_gpu and not (config is not None and config.train.device == "cpu")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import psutil
@@ -23,17 +23,14 @@ from fastreason.config import Config
 from fastreason.cores import parse_cores
 from fastreason.errors import FastreasonError
 from fastreason.metrics import read_summary, write_summary
-from fastreason.models import edited_model, max_model_len, read_model_config, resolve_model
+from fastreason.models import edited_model, resolve_model
 from fastreason.preflight import Decisions
 from fastreason.processes import remove_segments, spawn
+from fastreason.resources import KEY_VARIABLE, SERVED
 from fastreason.session import SEGMENTS, SESSION_VARIABLE, Session
 from fastreason.supervise import Part, StopRequest, Supervisor
 from fastreason.transport import exchange_parents
 
-if TYPE_CHECKING:
-    from fastreason.rollout.server import EngineServer
-
-SERVED = ("vllm", "fake")  # engines with a server process of their own
 # For glibc: the trainer keeps the memory that it has had. Given back after every tensor and taken again page by page, it
 # cost an eighth of an update (bench/README.md).
 KEPT_MEMORY = {
@@ -167,7 +164,6 @@ def _folders(
             folder=str(folder.path),
             run_dir=str(run_dir),
             model_dir=str(model_dir),
-            engine_url=None,
             exchange_dir=str(exchange.path),
             device=decisions.device,
             attention=decisions.attention,
@@ -191,14 +187,14 @@ def _parts(config: Config, session: Session) -> list[Part]:
     parts: list[Part] = []
     generates = session.only != "train" and config.offline.objective is None
     if generates and config.rollout.engine in SERVED:
-        server, key = _engine_server(config, session)
-        session = msgspec.structs.replace(session, engine_url=server.url)
-        producer_environment |= key
-        engine = Part(server.name, server.start, "engine", explain_end=server.explain_end, lost_signs=(server.name,))
-        if session.sleeps:
-            engine.resting = session.tenant_file.exists
-        parts.append(engine)
-    # Ranks inherit no key: they never talk to an engine.
+        from fastreason.engines import run_engines
+
+        engines = run_engines(config, session)
+        session = msgspec.structs.replace(session, engine_urls=engines.urls)
+        producer_environment |= engines.environment
+        parts += engines.parts
+    # Ranks inherit no key, not the user's of engines elsewhere either: they never talk to an engine.
+    os.environ.pop(KEY_VARIABLE, None)
     environment[SESSION_VARIABLE] = producer_environment[SESSION_VARIABLE] = str(session.write())
     both = config.rollout.cores and config.train.cores
     if generates:
@@ -229,30 +225,6 @@ def _parts(config: Config, session: Session) -> list[Part]:
         environment.setdefault("OMP_WAIT_POLICY", "passive")
     parts.append(Part(name, partial(spawn, name, command, _log(session, name), environment, cores), members=members))
     return parts
-
-
-def _engine_server(config: Config, session: Session) -> tuple["EngineServer", dict[str, str]]:
-    """The server of the configured engine, not yet started, and the environment that holds its key."""
-    from fastreason.rollout.server import new_key
-    from fastreason.rollout.vllm_middleware import KEY_VARIABLE
-
-    if config.rollout.engine == "vllm":
-        from fastreason.rollout.vllm import make_server
-    else:
-        from fastreason.rollout.fake_server import make_server
-    key = new_key()
-    server = make_server(
-        config,
-        session.model_dir,
-        _log(session, "engine"),
-        max_model_len=max_model_len(config, read_model_config(Path(session.model_dir))),
-        device=session.device,
-        exchange_dir=session.exchange_dir,
-        temporary_dir=session.folder,
-        key=key,
-        tenant_file=session.tenant_file if session.sleeps else None,
-    )
-    return server, {KEY_VARIABLE: key}
 
 
 def trainer_command(config: Config, folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What this machine offers against what a run wants: compiler, shared memory, disk, port, cores, memory.
 
-Each check looks, changes nothing, and returns a `Check`; `doctor.py` collects them. Uses no network.
+Each check looks, changes nothing, and returns a `Check`; `doctor.py` collects them. Of the network only the engine servers
+that a config names are asked whether they answer.
 """
 
 import functools
@@ -8,6 +9,8 @@ import os
 import shutil
 import socket
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import psutil
 from fastreason.config import Config
 from fastreason.cores import available_cores, require_cores
 from fastreason.errors import ConfigError
+from fastreason.resources import KEY_VARIABLE, num_engines
 
 GIB = 2**30
 # bf16 weights and gradients with fp32 master weights and two Adam moments, in units of the bf16 weights.
@@ -94,16 +98,41 @@ def check_disk(config: Config | None) -> Check:
 
 
 def check_port(config: Config | None) -> Check:
-    """Whether the engine's server could listen on loopback."""
+    """Whether the servers of the engines could listen on loopback."""
     port = config.rollout.port if config else 0
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            seen = f"rollout.port={port} on 127.0.0.1: {error.strerror}"
-            return Check("port", "fail", seen, "Set rollout.port=0 (any free one), or end what listens there.")
+    for number in range(port, port + num_engines(config)) if config and port else [port]:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", number))
+            except (OSError, OverflowError) as error:
+                of = f" (port {number})" if number != port else ""
+                seen = f"rollout.port={port}{of} on 127.0.0.1: {getattr(error, 'strerror', error)}"
+                return Check("port", "fail", seen, "Set rollout.port=0 (any free one), or end what listens there.")
     return Check("port", "ok", f"127.0.0.1:{port} is free" if port else "loopback has free ports")
+
+
+def check_engines(config: Config | None, timeout_s: float = 5.0) -> list[Check]:
+    """Whether the servers of `resources.urls` answer, and to the key in the environment."""
+    checks, key = [], os.environ.get(KEY_VARIABLE, "")
+    for url in config.resources.urls if config is not None else ():
+        seen, advice = "answers", ""
+        try:
+            request = urllib.request.Request(f"{url.rstrip('/')}/health", headers={"Authorization": f"Bearer {key}"})
+            urllib.request.urlopen(request, timeout=timeout_s).close()
+        except urllib.error.HTTPError as error:
+            seen = f"answers with {error.code}"
+            advice = "Look at its log there."
+            if error.code == 401:
+                advice = f"Set {KEY_VARIABLE} to the key that `fastreason serve` asks for there." if key else ""
+                advice = (
+                    advice or f"{KEY_VARIABLE} is not set: it holds the key that `fastreason serve` asks for there."
+                )
+        except (OSError, ValueError) as error:
+            seen = f"does not answer: {getattr(error, 'reason', error)}"
+            advice = "Start it there: fastreason serve MODEL --host HOST --exchange-dir DIR; see that its port is open to here."
+        checks.append(Check(f"engine {url}", "fail" if advice else "ok", seen, advice))
+    return checks
 
 
 def check_cores(config: Config | None) -> Check:
@@ -167,18 +196,20 @@ def available_memory() -> int:
 
 
 def check_memory(config: Config | None, on_gpu: bool, read_available: Callable[[], int] = available_memory) -> Check:
-    """Memory against the engine's KV cache and, where the model is a local folder, its weights and optimizer."""
+    """Memory against the engines' KV caches and, where the model is a local folder, its weights and optimizer."""
     available = read_available()
     seen = f"{available / GIB:.1f} GiB available"
     if config is None or on_gpu:
         return Check("memory", "ok", seen)
     weights = model_bytes(config)
-    need = config.rollout.kv_cache_gib * GIB + (TRAINER_MEMORY + 1) * weights
+    engines = 0 if config.resources.urls else num_engines(config)
+    caches = engines * config.rollout.kv_cache_gib * GIB
+    need = caches + (TRAINER_MEMORY + engines) * weights
     what = "without activations" if weights else "for the KV cache; the model's size is not known here"
     seen += f", about {need / GIB:.1f} GiB wanted {what}"
     if need > available:
         advice = f"Lower rollout.kv_cache_gib (now {config.rollout.kv_cache_gib:g}), or use a smaller model."
-        return Check("memory", "fail" if config.rollout.kv_cache_gib * GIB > available else "warn", seen, advice)
+        return Check("memory", "fail" if caches > available else "warn", seen, advice)
     return Check("memory", "ok", seen)
 
 

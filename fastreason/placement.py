@@ -9,13 +9,14 @@ from typing import Literal
 from fastreason.config import Config
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
+from fastreason.resources import num_engines
 
 
 @dataclass(frozen=True)
 class Placement:
     """What `resources` comes to on a device. sleeps: the engine gives up its memory while the trainer has the GPUs."""
 
-    mode: Literal["split", "colocated"]
+    mode: Literal["split", "colocated", "remote"]
     sleeps: bool = False
 
 
@@ -23,10 +24,11 @@ SPLIT = Placement("split")
 
 
 def engine_gpus(config: Config) -> list[int]:
-    """The devices that the engine takes: the first of those it is given."""
+    """The devices that the engines take: the first of those they are given."""
     rollout = config.rollout
-    given = parse_cores(rollout.gpus, "rollout.gpus") if rollout.gpus else list(range(rollout.tensor_parallel))
-    return given[: rollout.tensor_parallel]
+    number = num_engines(config) * rollout.tensor_parallel
+    given = parse_cores(rollout.gpus, "rollout.gpus") if rollout.gpus else list(range(number))
+    return given[:number]
 
 
 def trainer_gpus(config: Config) -> list[int]:
@@ -39,11 +41,21 @@ def trainer_gpus(config: Config) -> list[int]:
 def place(config: Config, device: str) -> Placement:
     """The placement of a run that generates; raises ConfigError for one that cannot work.
 
-    auto is colocated where engine and trainer share a GPU, else split; on a CPU there is nothing to share but cores.
+    auto is remote where there are `resources.urls`, colocated where engine and trainer share a GPU, else split; on a CPU there
+    is nothing to share but cores.
     """
-    wanted, on_gpu = config.resources.mode, device == "cuda"
+    wanted, on_gpu, urls = config.resources.mode, device == "cuda", config.resources.urls
+    if urls and wanted in ("auto", "remote"):
+        _refuse_sleep(config, "engines that run elsewhere have their GPUs for themselves")
+        return Placement("remote")
+    if urls:
+        raise ConfigError(
+            f"resources.mode={wanted}: resources.urls has engines that run elsewhere. Use auto, or leave the addresses out."
+        )
     if wanted == "remote":
-        raise ConfigError("resources.mode=remote: the engines' addresses are missing. Use auto, split or colocated.")
+        raise ConfigError(
+            "resources.mode=remote: resources.urls is empty. Give the engines' addresses, or use auto, split or colocated."
+        )
     shared = sorted(set(engine_gpus(config)) & set(trainer_gpus(config))) if on_gpu else []
     if wanted == "split" and shared:
         raise ConfigError(

@@ -75,11 +75,13 @@ def check_online_run(config: Config, device: str) -> list[str]:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.data import check_data
     from fastreason.models import check_model
+    from fastreason.resources import check_resources
     from fastreason.rewards import resolve_rewards
     from fastreason.transport import check_transport
 
     check_reference(resolve_algorithm(config), config)
     check_transport(config, device)
+    check_resources(config, device)
     resolve_rewards(config.reward)
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(

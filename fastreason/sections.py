@@ -173,9 +173,9 @@ class RolloutConfig(Section):
     exchange_dir: str | None = Field(
         None, description="transport file: folder on storage that trainer and engine share; null: the temporary folder"
     )
-    cores: NumberList | None = Field(None, description="CPU cores of the engine, e.g. '0' or '0-3'; null: all")
+    cores: NumberList | None = Field(None, description="CPU cores of the engines, e.g. '0' or '0-3'; null: all")
     gpus: NumberList | None = Field(
-        None, description="GPU: devices of the engine, e.g. '7' or '6-7'; null: all that are visible"
+        None, description="GPU: devices of the engines, e.g. '7' or '6-7'; null: all that are visible"
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
     gpu_memory_utilization: float = Field(
@@ -184,9 +184,12 @@ class RolloutConfig(Section):
         le=1,
         description="GPU: share of its memory that the engine may take; colocated: see resources",
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs per engine; on a CPU, processes that share its cores")
     port: int = Field(
-        default=0, ge=0, le=65535, description="port of the engine's server on loopback; 0: any free port"
+        default=0,
+        ge=0,
+        le=65535,
+        description="port of the engine's server on loopback, of several the first's; 0: any free port",
     )
     startup_timeout_s: float = Field(300.0, gt=0, description="longest start of the engine, seconds")
     request_timeout_s: float = Field(300.0, gt=0, description="longest generation of one group, seconds")
@@ -199,11 +202,21 @@ class RolloutConfig(Section):
 class ResourcesConfig(Section):
     mode: Literal["auto", "split", "colocated", "remote"] = Field(
         default="auto",
-        description="engine and trainer on GPUs of their own, or on the same; auto: colocated where they share one, else split",
+        description="GPUs of their own, the same, or elsewhere; auto: remote with urls, colocated if they share one, or split",
     )
     sleep: Switch = Field(
         "auto",
         description="colocated: the engine gives its memory up while the trainer computes; auto: where it can, at staleness 0",
+    )
+    engines: int | None = Field(
+        None,
+        ge=1,
+        description="engine servers on this machine, each with an even share of rollout.cores or rollout.gpus; null: 1",
+    )
+    urls: list[str] = Field(
+        default_factory=list,
+        description="engine servers that run elsewhere, e.g. [http://node1:8000], in place of any here; the key that they "
+        "ask for is in FASTREASON_ENGINE_KEY",
     )
 
 

@@ -14,10 +14,11 @@ from typing import Any, NoReturn, TypeVar
 
 from fastreason.config import Config
 from fastreason.cores import require_cores
+from fastreason.engines import make_server
 from fastreason.errors import EngineError
 from fastreason.exchange import ExchangeFolder
-from fastreason.launch import SERVED, sweep_segments
-from fastreason.models import max_model_len, read_model_config
+from fastreason.launch import sweep_segments
+from fastreason.resources import SERVED
 from fastreason.rollout.engine import Engine
 from fastreason.rollout.server import EngineServer, new_key
 from fastreason.session import SEGMENTS
@@ -152,7 +153,15 @@ async def served_engine(
     folder = ExchangeFolder(0, parents=(temporary,))
     try:
         key = new_key()
-        server = _make_server(config, model_dir, log_path, device, folder.path, key)
+        server = make_server(
+            config,
+            model_dir,
+            log_path,
+            device=device,
+            exchange_dir=str(folder.path),
+            temporary_dir=str(folder.path),
+            key=key,
+        )
         keeper = Keeper(server, config.run.max_restarts, folder.path, say)
         served = Served(_client(config, server, key, keeper, say), keeper)
         try:
@@ -165,23 +174,6 @@ async def served_engine(
             keeper.stop()
     finally:
         folder.remove()
-
-
-def _make_server(config: Config, model_dir: Path, log_path: Path, device: str, folder: Path, key: str) -> EngineServer:
-    if config.rollout.engine == "vllm":
-        from fastreason.rollout.vllm import make_server
-    else:
-        from fastreason.rollout.fake_server import make_server
-    return make_server(
-        config,
-        str(model_dir),
-        log_path,
-        max_model_len=max_model_len(config, read_model_config(model_dir)),
-        device=device,
-        exchange_dir=str(folder),
-        temporary_dir=str(folder),
-        key=key,
-    )
 
 
 def _client(config: Config, server: EngineServer, key: str, keeper: Keeper, say: Callable[[str], None]) -> Engine:

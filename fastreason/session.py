@@ -22,12 +22,12 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     run_dir: str
     model_dir: str
-    engine_url: str | None
     exchange_dir: str
     device: str
     attention: str
     liger: bool
     resume: bool
+    engine_urls: tuple[str, ...] = ()  # of engines with a server, here or elsewhere
     only: str | None = None  # "rollout" | "train": one phase alone
     groups_dir: str | None = None  # only="train": the written groups
     teacher_dir: str | None = None  # of a teacher in the trainer

@@ -52,8 +52,9 @@ class Part:
 
     `key` names it in requests and in counts of restarts, and None is one that is never started again; `members` are the
     names of its beats and outcomes; `explain_end` says from its log why it ended; `lost_signs` are what another process
-    says that lost it. While it is `resting` nobody needs it, and where it stood another has its memory: whatever is wrong with
-    it then is seen to afterwards.
+    says that lost it; `kind` is shared by parts that stand in for each other, so that one that may not be started again ends
+    the run only where it was the last of them. While one is `resting` nobody needs it, and where it stood another has its
+    memory: whatever is wrong with it then is seen to afterwards.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Part:
     members: tuple[str, ...] = ()
     explain_end: Callable[[], str] | None = None
     lost_signs: tuple[str, ...] = ()
+    kind: str | None = None
     resting: Callable[[], bool] = lambda: False
     num_restarts: int = 0
 
@@ -76,6 +78,7 @@ class _Watched:
     num_restarts: int = 0  # since the run's last trained step
     restarted_in_step: int = -1
     ended: Patience | None = None
+    given_up: bool = False
 
 
 @dataclass
@@ -117,7 +120,8 @@ class Supervisor:
                         "asked; it was ended."
                     )
             for watched in self._watched[:-1]:
-                self._keep_alive(watched)
+                if not watched.given_up:
+                    self._keep_alive(watched)
             if self._main_has_ended(main):
                 break
         return self._explain_main(main, asked is not None)
@@ -152,6 +156,8 @@ class Supervisor:
         outcome = self._outcome_of(watched.part)
         if outcome is not None and not outcome.error:
             self._await_main(watched)
+        elif self._is_spare(watched) and not self._may_restart(watched):
+            self._give_up(watched, reason)
         elif outcome is not None or not self._may_restart(watched):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._watched[-1].child.process.wait(timeout=AT_ITS_END_S)
@@ -180,6 +186,22 @@ class Supervisor:
             watched.num_restarts = 0
         begun = self.session.ready_file.exists()
         return begun and watched.part.key is not None and watched.num_restarts < self.config.max_restarts
+
+    def _is_spare(self, watched: _Watched) -> bool:
+        """Whether the run has begun and another part of its kind is left."""
+        others = (other for other in self._watched if other is not watched and not other.given_up)
+        kind = watched.part.kind
+        return kind is not None and self.session.ready_file.exists() and any(o.part.kind == kind for o in others)
+
+    def _give_up(self, watched: _Watched, reason: str) -> None:
+        part, limit = watched.part, self.config.max_restarts
+        print(
+            f"the {part.name} is given up ({watched.num_restarts} of run.max_restarts={limit} without a trained step), and the "
+            f"run goes on without it: {reason}",
+            file=sys.stderr,
+        )
+        watched.given_up = True
+        watched.child.stop(grace_s=0.0)
 
     def _restart(self, watched: _Watched, reason: str) -> None:
         part = watched.part

@@ -120,7 +120,8 @@ class BroadcastPublisher(StagedPublisher):
         self, folder: Path, dtype: torch.dtype, device: torch.device, open_group: Callable[[int, int], Any]
     ) -> None:
         super().__init__(folder, dtype, device)
-        self._open_group, self._group = open_group, None
+        self._open_group = open_group
+        self._groups: dict[str, Any] = {}
         self._failure: str | None = None
 
     def write(self, source: WeightSource, version: int) -> WeightUpdate | None:
@@ -153,11 +154,11 @@ class BroadcastPublisher(StagedPublisher):
 
     def _answer(self, request: TransferRequest) -> None:
         if request.what == "join":
-            self._group = self._open_group(request.port, request.world_size)
+            self._groups[request.group] = self._open_group(request.port, request.world_size)
             return
-        assert self._group is not None, "an engine asked for weights before it had joined"
+        assert request.group in self._groups, "an engine asked for weights before it had joined"
         for tensor in self._staged.values():
-            self._group.broadcast(tensor, src=0)
+            self._groups[request.group].broadcast(tensor, src=0)
 
 
 def make_publisher(

@@ -42,9 +42,13 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 class TransferRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine's client asks of the trainer (nccl): to join a new group at `port`, or to send all weights to it."""
+    """What an engine's client asks of the trainer (nccl): to join a new group at `port`, or to send all weights to it.
+
+    `group` names the client's group: each engine has one of its own, so that one that dies takes no other with it.
+    """
 
     what: str  # "join" or "send"
+    group: str = ""
     port: int = 0
     world_size: int = 0
 

@@ -47,6 +47,10 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Release what the engine holds; may be called twice."""
 
+    def figures(self) -> dict[str, float]:
+        """What there is to log of the engine with each batch; counts are since the last call."""
+        ...
+
 
 def sample_seed(seed: int | None, index: int) -> int | None:
     """A seed for one sample of a request: distinct per sample, and the same on every machine."""

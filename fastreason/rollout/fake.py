@@ -94,3 +94,6 @@ class FakeEngine:
 
     async def close(self) -> None:
         return None
+
+    def figures(self) -> dict[str, float]:
+        return {}

@@ -23,6 +23,7 @@ from fastreason.config import Config
 from fastreason.errors import EngineError
 from fastreason.exchange import EXCHANGE_VARIABLE, digest_file, published_file
 from fastreason.rollout.fake import FakeEngine
+from fastreason.rollout.identity import describe_server
 from fastreason.rollout.server import LOOPBACK, EngineServer
 from fastreason.rollout.vllm_middleware import Door
 
@@ -34,6 +35,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What the process is started with: the tokens to draw from, the end token, the longest sequence, seconds a token.
 
     tenant_file: there while another has the device, None where it is not shared in turn.
+    `model_dir` and `dtype` are what it says of itself to runs elsewhere.
     """
 
     token_ids: list[int]
@@ -41,6 +43,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     token_s: float
     tenant_file: str | None = None
+    model_dir: str = ""
+    dtype: str = ""
 
 
 def read_tokens(model_dir: str) -> tuple[list[int], int]:
@@ -71,8 +75,13 @@ def make_server(
     key: str,
     temporary_dir: str | None = None,
     tenant_file: Path | None = None,
+    **where: str,
 ) -> EngineServer:
-    """A server of the fake engine, not yet started; of the model only the tokenizer is read, and `device` not used."""
+    """A server of the fake engine, not yet started; of the model only the tokenizer is read, and `device` not used.
+
+    where: as for the server of vLLM.
+    """
+    host = where.get("host", LOOPBACK)
     token_ids, eos = read_tokens(model_dir)
     setup = Setup(
         token_ids=token_ids,
@@ -80,16 +89,19 @@ def make_server(
         max_model_len=max_model_len,
         token_s=config.rollout.fake_token_s,
         tenant_file=str(tenant_file) if tenant_file is not None else None,
+        model_dir=model_dir,
+        dtype=config.model.dtype,
     )
-    path = Path(exchange_dir) / SETUP_FILE
+    path = Path(temporary_dir or exchange_dir) / SETUP_FILE
     path.write_bytes(msgspec.json.encode(setup))
     return EngineServer(
         "fake engine",
-        lambda port: [sys.executable, "-m", "fastreason.rollout.fake_server", str(port), str(path)],
+        lambda port: [sys.executable, "-m", "fastreason.rollout.fake_server", str(port), str(path), host],
         {EXCHANGE_VARIABLE: exchange_dir, "TMPDIR": temporary_dir or exchange_dir},
         log_path,
         config.rollout,
         key=key,
+        **where,
         explain=lambda text: "the end of its log:\n" + "\n".join(f"  | {line}" for line in text.splitlines()[-25:]),
     )
 
@@ -235,6 +247,7 @@ class FakeServer:
         body = await request.json()
         methods: dict[str, Callable[..., dict[str, Any]]] = {
             "fastreason_beat": self._beat,
+            "fastreason_describe": self._describe,
             "fastreason_prepare": lambda path, checksum: {},
             "fastreason_load": self._load,
             "fastreason_restore": self._restore,
@@ -246,6 +259,10 @@ class FakeServer:
 
     def _beat(self) -> dict[str, Any]:
         return {"checksum": self._held}
+
+    def _describe(self, probe: str) -> dict[str, Any]:
+        setup = self._setup
+        return describe_server(setup.model_dir, setup.model_dir, setup.max_model_len, setup.dtype, probe)
 
     def _give_up(self) -> dict[str, Any]:
         self._held = "given up"
@@ -279,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the fake engine's server; started by the launcher")
     parser.add_argument("port", type=int)
     parser.add_argument("setup", type=Path)
+    parser.add_argument("host", nargs="?", default=LOOPBACK)
     arguments = parser.parse_args()
     setup = msgspec.json.decode(arguments.setup.read_bytes(), type=Setup)
     if setup.tenant_file is not None and Path(setup.tenant_file).exists():
@@ -289,7 +307,12 @@ def main() -> None:
 
     # A client that closes its connection drops its request. Shares the port with the launcher's hold on it.
     web.run_app(
-        application(), host=LOOPBACK, port=arguments.port, reuse_address=True, handler_cancellation=True, print=None
+        application(),
+        host=arguments.host,
+        port=arguments.port,
+        reuse_address=True,
+        handler_cancellation=True,
+        print=None,
     )
 
 

@@ -131,5 +131,8 @@ class HfEngine:
             "held_bytes": held_bytes,
         }
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
     async def close(self) -> None:
         self._model = None

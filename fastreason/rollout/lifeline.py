@@ -19,6 +19,9 @@ BEAT = ("/collective_rpc", {"method": "fastreason_beat"})
 LONGEST_BEAT_S = 5.0
 POLL_S = 0.1
 MOST_TRIES = 10  # a server is restarted fewer times than that without a step between
+AGAIN_S = (
+    1.0  # before what could not be made what the last server was is tried again, where others do its work meanwhile
+)
 
 
 class Doubt:
@@ -56,8 +59,10 @@ class Lifeline:
     `connect` makes a connection, `revive(connection)` gives a new server what the last one had (weights). `on_hung(reason)`
     has the server killed and restarted: called when no heartbeat came back for `hang_timeout_s` seconds; without it a hung
     server is an EngineError. `on_event(name, text)` hears of "engine_lost" (why) and "engine_back" (after how long).
-    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. While it is
-    `resting` no server is started, and how long one is away does not count.
+    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. `spare`: other
+    servers do the work meanwhile, so that a recovery never ends but with a server, and one that hangs and is nobody's to
+    restart may be found alive again. `log` is where to read about the server, `key_hint` what to do where it refuses the key.
+    While it is `resting` no server is started, and how long one is away does not count.
     """
 
     def __init__(
@@ -70,8 +75,13 @@ class Lifeline:
         on_hung: Callable[[str], None] | None,
         on_event: Callable[[str, str], None] | None,
         takes_over: bool = False,
+        spare: bool = False,
+        log: str = "see logs/engine.log in the run's folder",
+        key_hint: str = "",
         resting: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._spare, self._log, self._key_hint = spare, log, key_hint
+        self._trouble: str | None = None
         self._connect, self._revive = connect, revive
         self._startup_timeout_s, self._hang_timeout_s = startup_timeout_s, hang_timeout_s
         self._on_hung, self._on_event = on_hung, on_event or (lambda name, text: None)
@@ -86,6 +96,37 @@ class Lifeline:
         self._connection = await self._reach(Patience(self._startup_timeout_s), other_than=None)
         self._begun = True
         self._listen(self._connection)
+
+    def begin(self) -> None:
+        """In place of `start`: look for the server in the background, and have it revived before it counts as alive."""
+        self._recovery = asyncio.create_task(self._recover(None))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a server now, as far as is known."""
+        return self._recovery is None and self._connection is not None and self._connection.lost is None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no server, or None."""
+        return None if self.is_alive else self._trouble or "it has not answered yet"
+
+    async def once(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Do `work` on the server that lives now; raises ServerLostError where it is away, or lost meanwhile."""
+        if not self.is_alive:
+            raise ServerLostError(self.trouble)
+        assert self._connection is not None
+        connection = self._connection
+        try:
+            return await work(connection)
+        except ServerLostError as loss:
+            self._lose(connection, str(loss))
+            raise
+
+    def leave(self, reason: str) -> None:
+        """Take the server for lost although it answers; it is revived like any other."""
+        if self._connection is not None:
+            self._lose(self._connection, reason)
 
     async def call(self, work: Callable[[Connection], Awaitable[T]], what: str) -> T:
         """Do `work` on a living server, from the start again each time that the server is lost meanwhile.
@@ -128,32 +169,58 @@ class Lifeline:
         if connection is not self._connection:
             return  # one that is being revived: the recovery that does so looks for the next
         self.num_losses += 1
+        self._trouble = reason
         self._on_event("engine_lost", reason)
         self._recovery = asyncio.create_task(self._recover(connection))
         self._recovery.add_done_callback(
             lambda task: task.cancelled() or task.exception()
         )  # also if nobody waits for it
 
-    async def _recover(self, lost: Connection) -> None:
-        started, patience = time.monotonic(), Patience(self._startup_timeout_s)
-        await lost.close()
-        if lost.hung and self._on_hung is None:
-            raise EngineError(str(lost.lost))
+    async def _recover(self, lost: Connection | None) -> None:
+        started, patience = time.monotonic(), Patience(math.inf if self._spare else self._startup_timeout_s)
+        if lost is not None:
+            await lost.close()
+            if lost.hung and self._on_hung is None and not self._spare:
+                raise EngineError(str(lost.lost))
         former = lost
         while True:
-            connection = await self._reach(patience, other_than=former.instance if former.hung else None)
-            self._listen(connection)
-            try:
-                await self._revive(connection)
+            # Nobody restarts a spare one elsewhere that is silent: what answers there again may be the same.
+            shunned = former is not None and former.hung and (self._on_hung is not None or not self._spare)
+            connection = await self._try_to_revive(patience, former.instance if former and shunned else None)
+            if connection is None:
+                continue
+            if connection.lost is None:
                 break
-            except ServerLostError as loss:
-                connection.give_up(str(loss))
-                await connection.close()
-                former = connection
-                await asyncio.sleep(POLL_S)
-        self.num_restarts += connection.instance != lost.instance
+            former = connection
+        if lost is not None:
+            self.num_restarts += connection.instance != lost.instance
+        self._begun, self._trouble = True, None
         self._connection, self._recovery = connection, None
-        self._on_event("engine_back", f"{time.monotonic() - started:.1f} s")
+        if lost is not None:
+            self._on_event("engine_back", f"{time.monotonic() - started:.1f} s")
+
+    async def _try_to_revive(self, patience: Patience, other_than: str | None) -> Connection | None:
+        """The next server's connection, given up where it was lost again; None where a spare one cannot be revived yet."""
+        connection: Connection | None = None
+        try:
+            connection = await self._reach(patience, other_than)
+            self._listen(connection)
+            await self._revive(connection)
+            return connection
+        except ServerLostError as loss:
+            assert connection is not None
+            connection.give_up(str(loss))
+            await connection.close()
+            await asyncio.sleep(POLL_S)
+            return connection
+        except EngineError as error:
+            if not self._spare:
+                raise
+            self._trouble = str(error)
+            if connection is not None:
+                await connection.close()
+            await asyncio.sleep(AGAIN_S)
+            return None
 
     async def _reach(self, patience: Patience, other_than: str | None) -> Connection:
         """A connection to the server once it is healthy, and is not the start `other_than`, which hangs."""
@@ -163,7 +230,7 @@ class Lifeline:
             while True:
                 seen = await connection.look()
                 if seen is not None and seen[0] == 401:
-                    raise EngineError(f"the {connection.server} refused the key of this run (401)")
+                    raise EngineError(f"the {connection.server} refused the key of this run (401){self._key_hint}")
                 if seen is not None and seen[0] == 200 and (other_than is None or seen[1] != other_than):
                     connection.instance = seen[1]
                     return connection
@@ -176,8 +243,7 @@ class Lifeline:
                 if patience.exhausted:
                     raise EngineError(
                         f"the {connection.server} did not answer within rollout.startup_timeout_s="
-                        f"{self._startup_timeout_s:g} s. Raise it if the model is large; see logs/engine.log in the run's "
-                        "folder."
+                        f"{self._startup_timeout_s:g} s. Raise it if the model is large; {self._log}."
                     )
                 await asyncio.sleep(POLL_S)
         except BaseException:

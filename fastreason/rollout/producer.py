@@ -281,7 +281,7 @@ class Producer:
         books = self._books
         books.count("reward/timeouts", self._grader.num_timeouts - self._num_timeouts)
         self._num_timeouts = self._grader.num_timeouts
-        figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE}
+        figures = {name: books.counters.get(name, 0.0) for name in CUMULATIVE} | self._engine.figures()
         seconds = {"generate_s": self._sampling.generating.take(), "grade_s": self._sampling.grading.take()}
         if self._sleeps:
             assert books.admission is not None and not books.admission.num_running, "put to sleep amid a response"

@@ -15,7 +15,7 @@ from fastreason.errors import EngineError
 from fastreason.processes import Child, spawn
 from fastreason.rollout.vllm_middleware import INSTANCE_VARIABLE, KEY_VARIABLE
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, ANY_HOST = "127.0.0.1", "0.0.0.0"
 
 
 def new_key() -> str:
@@ -23,23 +23,23 @@ def new_key() -> str:
     return secrets.token_urlsafe(32)
 
 
-def hold_port(port: int) -> socket.socket:
-    """A socket bound to a loopback port (0: any free one), never listening: nobody else is given the port meanwhile.
+def hold_port(port: int, host: str = LOOPBACK) -> socket.socket:
+    """A socket bound to a port (0: any free one), never listening: nobody else is given the port meanwhile.
 
     Bound with SO_REUSEADDR like the servers' own, which may then share it; with SO_REUSEPORT they could not.
     """
     hold = socket.socket()
     hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    hold.bind((LOOPBACK, port))
+    hold.bind((host, port))
     return hold
 
 
-def port_is_free(port: int) -> bool:
+def port_is_free(port: int, host: str = LOOPBACK) -> bool:
     """Whether no socket listens there, or holds it without sharing."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
         except OSError:
             return False
         return True
@@ -49,8 +49,8 @@ class EngineServer:
     """A server process that holds its port for as long as this object lives.
 
     `command` makes the command line for a port (it holds no secret), `explain` says from the log of one start why it ended.
-    `instance` counts the starts: the process gets it by environment and puts it on every answer. Raises EngineError when
-    `rollout.port` is in use.
+    `instance` counts the starts: the process gets it, after `label`, by environment and puts it on every answer. Raises
+    EngineError when `rollout.port` is in use at `host`.
     """
 
     def __init__(
@@ -63,15 +63,17 @@ class EngineServer:
         *,
         key: str,
         explain: Callable[[str], str],
+        host: str = LOOPBACK,
+        label: str = "",
     ) -> None:
-        if config.port and not port_is_free(config.port):
+        if config.port and not port_is_free(config.port, host):
             raise EngineError(
-                f"rollout.port={config.port}: the port is in use on {LOOPBACK}. Choose another, or 0 for any free one."
+                f"rollout.port={config.port}: the port is in use on {host}. Choose another, or 0 for any free one."
             )
-        self.name = name
-        self._hold = hold_port(config.port)
+        self.name, self._label = name, label
+        self._hold = hold_port(config.port, host)
         self.port: int = self._hold.getsockname()[1]
-        self.url = f"http://{LOOPBACK}:{self.port}"
+        self.url = f"http://{LOOPBACK if host == ANY_HOST else host}:{self.port}"
         self.child: Child | None = None
         self.instance = 0
         self._command, self._environment = command(self.port), {**environment, KEY_VARIABLE: key}
@@ -81,7 +83,7 @@ class EngineServer:
     def start(self) -> Child:
         """Start the process, or another one after the former was stopped: same port, same key, next instance."""
         self.instance += 1
-        environment = {**self._environment, INSTANCE_VARIABLE: str(self.instance)}
+        environment = {**self._environment, INSTANCE_VARIABLE: f"{self._label}{self.instance}"}
         self.child = spawn(self.name, self._command, self._log_path, environment, cores=self._cores)
         return self.child
 

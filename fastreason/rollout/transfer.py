@@ -6,6 +6,7 @@ what the model was handed that it is what was sent. The ways between GPUs follow
 """
 
 import asyncio
+import secrets
 import socket
 import time
 from pathlib import Path
@@ -86,15 +87,18 @@ class HandleTransfer:
 
 
 class BroadcastTransfer(HandleTransfer):
-    """NCCL: trainer and workers form a group once per server; then the trainer broadcasts when it is asked to."""
+    """NCCL: trainer and workers form a group once per server; then the trainer broadcasts when it is asked to.
+
+    Several engines have a group each, and the trainer answers one after another.
+    """
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
-        self._world_size = 1 + num_workers
+        self._world_size, self._group = 1 + num_workers, secrets.token_hex(8)
 
     async def _join(self, connection: Connection, update: WeightUpdate) -> None:
         port = free_port()
-        self._request(update, TransferRequest(what="join", port=port, world_size=self._world_size))
+        self._request(update, TransferRequest(what="join", group=self._group, port=port, world_size=self._world_size))
         init_info = {
             "master_address": LOOPBACK,
             "master_port": port,
@@ -105,7 +109,7 @@ class BroadcastTransfer(HandleTransfer):
         await self._ask(connection, update, "/init_weight_transfer_engine", {"init_info": init_info})
 
     async def _begin(self, update: WeightUpdate) -> None:
-        self._request(update, TransferRequest(what="send"))
+        self._request(update, TransferRequest(what="send", group=self._group))
 
     async def _ask(self, connection: Connection, update: WeightUpdate, path: str, body: dict[str, Any]) -> None:
         """Raises EngineError as soon as the trainer says that it failed: the engine would wait for it in vain."""

@@ -9,7 +9,7 @@ choice (vLLM 0.28), so every sample is a request of its own, and finished ones a
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,12 @@ def make_server(
     key: str,
     temporary_dir: str | None = None,
     tenant_file: Path | None = None,
+    **where: str,
 ) -> EngineServer:
     """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
 
-    tenant_file: given where the server sleeps while another has its GPUs.
+    tenant_file: given where the server sleeps while another has its GPUs. where: `host` and `label` of EngineServer, for one
+    that runs elsewhere talk to.
     """
     options: dict[str, Any] = {
         "dtype": config.model.dtype,
@@ -62,6 +64,7 @@ def make_server(
         "seed": config.run.seed,
         "device": device,
         "sleeps": tenant_file is not None,
+        "host": where.get("host", LOOPBACK),
     }
     return EngineServer(
         "vLLM server",
@@ -73,6 +76,7 @@ def make_server(
         config.rollout,
         key=key,
         explain=vllm_server.explain_end,
+        **where,
     )
 
 
@@ -91,9 +95,10 @@ class VllmEngine:
     """The client of one server's address; stamps every token with the version of the weights that sampled it.
 
     `on_hung` has a server that shows no sign of life for `hang_timeout_s` seconds killed and restarted; `on_event` hears of
-    losses and recoveries; `takes_over` where the server is another client's (see Lifeline). `name` is the engine's: vllm, or
-    fake where the fake engine's server answers. `resting` is given where the engine sleeps at times, and says whether another
-    has its GPU, so that none is started.
+    losses and recoveries; `takes_over` where the server is another client's, `spare` where it is one of several, `log` where to
+    read about it (see Lifeline). `name` is the engine's: vllm, or fake where the fake engine's server answers. `verify` raises
+    EngineError where a server is not one that this run can use; every server is shown to it first. `resting` is given where the
+    engine sleeps at times, and says whether another has its GPU, so that none is started.
     """
 
     def __init__(
@@ -106,10 +111,16 @@ class VllmEngine:
         on_hung: Callable[[str], None] | None = None,
         on_event: Callable[[str, str], None] | None = None,
         takes_over: bool = False,
+        spare: bool = False,
+        log: str = "see logs/engine.log in the run's folder",
+        key_hint: str = "",
         name: str = "vllm",
+        verify: Callable[[Connection], Awaitable[None]] | None = None,
         resting: Callable[[], bool] | None = None,
     ) -> None:
-        self.name, self.version = name, 0
+        self.name, self.version, self.url = name, 0, url.rstrip("/")
+        self._verify, self._told = verify, asyncio.Event()
+        self._told.set()
         self._config, self._stamps = config, Stamps()
         self._transfer = make_transfer(config.transport, config.tensor_parallel)
         self._num_sent = 0
@@ -120,7 +131,7 @@ class VllmEngine:
             False,
         )  # at times; now, whatever the server may do at the moment
         self._lifeline = Lifeline(
-            lambda: Connection(name, url.rstrip("/"), key, config.request_timeout_s),
+            lambda: Connection(name, self.url, key, config.request_timeout_s),
             self._revive,
             startup_timeout_s=config.startup_timeout_s,
             hang_timeout_s=hang_timeout_s,
@@ -128,6 +139,9 @@ class VllmEngine:
             on_event=on_event,
             takes_over=takes_over,
             resting=resting or (lambda: False),
+            spare=spare,
+            log=log,
+            key_hint=key_hint,
         )
 
     @property
@@ -137,18 +151,13 @@ class VllmEngine:
 
     async def start(self) -> None:
         await self._lifeline.start()
+        if self._verify is not None:
+            await self._lifeline.call(self._verify, "looking at what the engine serves")
 
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
-        assert not self._asleep, f"asked for {request_id} while the engine sleeps"
         requests = [
             self._lifeline.call(
-                partial(
-                    self._generate_one,
-                    f"{request_id}.{index}",
-                    prompt_token_ids,
-                    params,
-                    sample_seed(params.seed, index),
-                ),
+                partial(self._generate_one, request_id, prompt_token_ids, params, index),
                 f"request {request_id}.{index}",
             )
             for index in range(params.n)
@@ -156,13 +165,10 @@ class VllmEngine:
         return list(await asyncio.gather(*requests))
 
     async def _generate_one(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        seed: int | None,
-        connection: Connection,
+        self, request: str, prompt_token_ids: list[int], params: SamplingParams, index: int, connection: Connection
     ) -> Completion:
+        request_id, seed = f"{request}.{index}", sample_seed(params.seed, index)
+        assert not self._asleep, f"asked for {request_id} while the engine sleeps"
         sampling = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -206,9 +212,12 @@ class VllmEngine:
         )
 
     async def score(self, token_ids: list[int]) -> list[float]:
+        return await self._lifeline.call(partial(self._score, token_ids), "score")
+
+    async def _score(self, token_ids: list[int], connection: Connection) -> list[float]:
         sampling = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "logprobs": 0}
         body = {"token_ids": token_ids, "sampling_params": sampling, "cache_salt": f"version {self.version}"}
-        answer = await self._lifeline.call(lambda connection: connection.ask(GENERATE, body), "score")
+        answer = await connection.ask(GENERATE, body)
         entries = answer.body["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries, strict=True)]
 
@@ -287,13 +296,18 @@ class VllmEngine:
         A transport with one copy of the weights cannot give an older version any more once the trainer writes the next one
         over it: then the server waits for that, which is about to be wanted.
         """
+        if self._verify is not None:
+            await self._verify(connection)
+        await self._told.wait()
         while True:
-            wanted = self._wanted
+            wanted, asleep = self._wanted, self._asleep
             try:
-                return await self._bring(connection, wanted)
+                await self._bring(connection, wanted)
             except OtherWeightsError:
                 if not await self._is_superseded(connection, wanted):
                     raise
+            if self._wanted is wanted and self._asleep == asleep:
+                return
 
     async def _bring(self, connection: Connection, wanted: WeightUpdate | None) -> None:
         if self._asleep:
@@ -361,3 +375,58 @@ class VllmEngine:
 
     async def close(self) -> None:
         await self._lifeline.close()
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+    # What a fleet asks of one of its engines: nothing here waits for a server that is away.
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server answers, and holds what was wanted when it was found."""
+        return self._lifeline.is_alive
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it is away, or None."""
+        return self._lifeline.trouble
+
+    def begin(self) -> None:
+        """In place of `start`, for a server that has had another client: look for it until it is found."""
+        self._told.clear()
+        self._lifeline.begin()
+
+    def want(self, update: WeightUpdate | None) -> None:
+        """What a server that is found from now on is to hold; one that is alive is given it by `try_load`."""
+        self._wanted, self._asleep = update, False
+        self._told.set()
+
+    async def try_sleep(self) -> None:
+        """As `sleep`; raises ServerLostError where the server is away, or lost: the next one falls asleep when it is found."""
+        self._asleep = True
+        await self._lifeline.once(self._lull)
+
+    async def try_wake(self) -> None:
+        """As `wake`; raises ServerLostError like `try_sleep`: the next one is awake."""
+        self._asleep = False
+        await self._lifeline.once(lambda connection: self._bring(connection, self._wanted))
+
+    def leave(self, reason: str) -> None:
+        """Take a server that answers for lost; its requests in flight end, and it comes back as others do."""
+        self._lifeline.leave(reason)
+
+    async def try_load(self, update: WeightUpdate) -> LoadReport:
+        """As `load_weights`; raises ServerLostError where the server is lost meanwhile: the next one starts with `want`ed."""
+        started = time.perf_counter()
+        report = await self._lifeline.once(partial(self._load_wanted, update))
+        return msgspec.structs.replace(report, total_s=time.perf_counter() - started)
+
+    async def try_sample(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, index: int
+    ) -> Completion:
+        """Sample number `index` of a request; raises ServerLostError where the server is away, or lost meanwhile."""
+        return await self._lifeline.once(partial(self._generate_one, request_id, prompt_token_ids, params, index))
+
+    async def try_score(self, token_ids: list[int]) -> list[float]:
+        """As `score`; raises ServerLostError like `try_sample`."""
+        return await self._lifeline.once(partial(self._score, token_ids))

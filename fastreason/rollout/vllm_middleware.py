@@ -10,7 +10,8 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-KEY_VARIABLE = "FASTREASON_ENGINE_KEY"
+from fastreason.resources import KEY_VARIABLE
+
 INSTANCE_VARIABLE = "FASTREASON_ENGINE_INSTANCE"
 # How many times the server at this address has been started, and how many times this one was told to resume: an answer
 # that was under way before a resume is told from one that came after it.

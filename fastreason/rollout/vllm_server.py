@@ -38,6 +38,7 @@ def server_command(
     seed: int,
     device: str,
     sleeps: bool = False,
+    host: str = LOOPBACK,
 ) -> list[str]:
     """The command line of one server; holds no secret. sleeps: it can give up its memory (on a GPU)."""
     assert dtype != "auto", "vLLM's own auto is the dtype of the model's files, not the run's"
@@ -45,7 +46,7 @@ def server_command(
     options = {
         "--model": model_dir,
         "--served-model-name": "policy",
-        "--host": LOOPBACK,
+        "--host": host,
         "--port": port,
         "--dtype": dtype,
         "--max-model-len": max_model_len,
@@ -90,11 +91,18 @@ def server_environment(
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the handles come pickled, behind the middleware
     if device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(config.kv_cache_gib))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or ",".join(map(str, available_cores()))
+        cores = parse_cores(config.cores, "rollout.cores") if config.cores else available_cores()
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = thread_binding(cores, config.tensor_parallel)
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif config.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, parse_cores(config.gpus, "rollout.gpus")))
     return environment
+
+
+def thread_binding(cores: list[int], number: int) -> str:
+    """The cores of each of `number` processes that compute: `0,1` for one, `0|1` for two."""
+    size = max(1, len(cores) // number)
+    return "|".join(",".join(map(str, cores[index * size : (index + 1) * size])) for index in range(number))
 
 
 def explain_end(text: str, num_lines: int = 25) -> str:

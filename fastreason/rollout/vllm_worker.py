@@ -10,24 +10,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from fastreason.exchange import Digest, SumDigest, compare_held, published_file, read_weights
+from fastreason.rollout.identity import describe_server
 
 if TYPE_CHECKING:
     import torch
 
 
 class WeightWorker:
-    """Mixed into vLLM's worker; `model_runner` is the worker's."""
+    """Mixed into vLLM's worker; `model_runner` and `model_config` are the worker's."""
 
     model_runner: Any
-    fastreason_held: str | None = (
-        None  # checksum of the weights loaded last, None for those of the start; or what is amiss
-    )
+    model_config: Any
+    # Checksum of the weights loaded last, None for those of the start, else what is amiss.
+    fastreason_held: str | None = None
     fastreason_watching: "Watch | None" = None
     fastreason_ahead: "tuple[str, Future[tuple[dict[str, torch.Tensor], Digest]]] | None" = None
 
     def fastreason_beat(self) -> dict[str, Any]:
         """A sign of life from the engine's innermost process, and which weights it holds."""
         return {"checksum": self.fastreason_held}
+
+    def fastreason_describe(self, probe: str) -> dict[str, Any]:
+        """What this server serves, for a run elsewhere that is about to use it."""
+        served = self.model_config
+        dtype = str(served.dtype).removeprefix("torch.")
+        return describe_server(served.model, served.tokenizer, served.max_model_len, dtype, probe)
 
     def fastreason_prepare(self, path: str, checksum: str) -> dict[str, Any]:
         """Begin to read and check an exchange file while generation goes on; `fastreason_load` takes the result."""

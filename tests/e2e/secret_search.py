@@ -46,7 +46,7 @@ def files_that_tell(folders: list[Path], secrets: list[str]) -> list[str]:
 def status_without_key(run: Any) -> list[int]:
     """What the running run's engine answers to whoever has no key, or another one."""
     (session,) = run.tmp.glob("*/session.json")
-    url, codes = json.loads(session.read_text())["engine_url"], []
+    url, codes = json.loads(session.read_text())["engine_urls"][0], []
     for path, headers in (("/health", {}), ("/collective_rpc", {}), ("/pause", {"Authorization": "Bearer guess"})):
         try:
             urllib.request.urlopen(urllib.request.Request(f"{url}{path}", headers=headers), timeout=10)

@@ -14,7 +14,7 @@ HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 
 FOUNDATION = {"types", "errors", "config", "sections", "cores"}
 PURE = {"advantages", "filtering", "gae", "kl", "losses", "packing", "rewards"}
-PLUMBING = {"metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
+PLUMBING = {"resources", "metrics", "ledger", "trace", "exchange", "transport", "ranks", "models"}
 PLUMBING |= {"processes", "session", "patience", "beats", "tenancy"}
 MEANING = FOUNDATION | PURE
 PARTS = MEANING | PLUMBING | {"policy", "data", "algorithms", "figures"}
@@ -29,6 +29,7 @@ ALLOWED = {
     "config": {"types", "errors", "sections"},
     "sections": set(),
     "cores": {"errors"},
+    "resources": FOUNDATION,
     "arguments": {"__version__"},
     "device": FOUNDATION | {"cores"},
     "metrics": FOUNDATION,
@@ -40,7 +41,7 @@ ALLOWED = {
     "models": FOUNDATION,
     "session": FOUNDATION,
     "patience": set(),
-    "placement": FOUNDATION,
+    "placement": FOUNDATION | {"resources"},
     "tenancy": {"ranks"},
     "beats": {"patience"},
     "figures": MEANING,
@@ -51,7 +52,7 @@ ALLOWED = {
     "reference": FOUNDATION,
     "report": FOUNDATION | {"metrics", "trace", "ledger", "evaluation"},
     "probes": FOUNDATION | {"processes"},
-    "machine": FOUNDATION,
+    "machine": FOUNDATION | {"resources"},
     "doctor": FOUNDATION | {"machine", "probes"},
     **dict.fromkeys(PURE, {"types", "errors", "config", "sections"} | PURE),
     "algorithms": MEANING | {"algorithm_checks"},
@@ -73,12 +74,14 @@ ALLOWED = {
     "objectives": MEANING | {"policy"},
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
-    **dict.fromkeys(("cli", "preflight", "launch", "supervise", "compose", "companions"), EVERYTHING),
+    **dict.fromkeys(
+        ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "serve"), EVERYTHING
+    ),
     **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving"}
+CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving", "engines"}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}

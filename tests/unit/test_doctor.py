@@ -1,5 +1,6 @@
 """Doctor: each check says ok on a good machine and something useful on a bad one; crashes and hangs become findings."""
 
+import asyncio
 import io
 import os
 import shutil
@@ -10,7 +11,9 @@ import time
 import types
 
 import pytest
+from aiohttp import web
 from rich.console import Console
+from web_server import with_web_server
 
 from fastreason import doctor, machine
 from fastreason.config import parse_config
@@ -33,6 +36,7 @@ from fastreason.machine import (
     check_compiler,
     check_cores,
     check_disk,
+    check_engines,
     check_memory,
     check_port,
     check_shared_memory,
@@ -206,6 +210,28 @@ def test_a_port_in_use_fails():
         check = check_port(make_config(rollout={"port": port}))
         assert check.status == "fail" and f"rollout.port={port}" in check.seen
         assert check_port(make_config()).status == "ok"
+        several = check_port(make_config(rollout={"port": port - 1}, resources={"engines": 2}))
+        assert several.status == "fail" and f"port={port - 1} (port {port})" in several.seen
+
+
+def test_engine_servers_elsewhere_are_asked_with_the_key(monkeypatch):
+    async def health(request):
+        return web.Response(status=200 if request.headers["Authorization"] == "Bearer right" else 401)
+
+    async def use(url):
+        config = make_config(resources={"urls": [url, "http://127.0.0.1:9"]})
+        for key, status, said in (
+            ("right", "ok", ""),
+            ("wrong", "fail", "Set FASTREASON_ENGINE_KEY to"),
+            ("", "fail", "is not"),
+        ):
+            monkeypatch.setenv("FASTREASON_ENGINE_KEY", key)
+            there, nowhere = await asyncio.to_thread(check_engines, config)
+            assert (there.status, said in there.advice) == (status, True), there
+            assert nowhere.status == "fail" and "does not answer" in nowhere.seen and "serve MODEL" in nowhere.advice
+
+    with_web_server([web.get("/health", health)], use)
+    assert check_engines(None) == check_engines(make_config()) == []
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def parts_of(make, tmp_path, monkeypatch):
         config = make(**sections)
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         session = Session(
-            folder=str(folder), run_dir=str(folder), model_dir=config.model.path, engine_url=None,
+            folder=str(folder), run_dir=str(folder), model_dir=config.model.path,
             exchange_dir=str(folder), device=device, attention="sdpa", liger=False, resume=False, only=only,
         )  # fmt: skip
         found = launch._parts(config, session)
@@ -225,10 +225,43 @@ def parts_of(make, tmp_path, monkeypatch):
 def test_which_processes_a_run_has(parts_of, only, engine, expected):
     parts, session = parts_of(only, rollout={"engine": engine}, train={"ranks": 2})
     assert [part.name for part in parts] == expected
-    assert (session.engine_url is not None) == (len(expected) == 3)
+    assert len(session.engine_urls) == (len(expected) == 3)
     assert parts[-1].members == (("collector",) if only == "rollout" else ("trainer-0", "trainer-1"))
     assert [part.key for part in parts[:-1]] == [{"producer": "producer"}.get(name, "engine") for name in expected[:-1]]
     assert parts[-1].key is None, "a trainer is never started again"
+
+
+def test_several_engines_have_their_share_their_port_and_their_log_each_and_one_key(parts_of, monkeypatch):
+    spawned = []
+
+    def fake_spawn(name, command, log_path, environment, cores=None):
+        spawned.append((command[-2], log_path.name, environment["FASTREASON_ENGINE_KEY"], cores))
+
+    monkeypatch.setattr("fastreason.rollout.server.spawn", fake_spawn)
+    first, *_, last = available_cores()
+    parts, session = parts_of(rollout={"cores": f"{first},{last}"}, resources={"engines": 2})
+    assert [(part.name, part.key, part.kind) for part in parts[:2]] == [
+        ("fake engine 0", "engine-0", "engine"),
+        ("fake engine 1", "engine-1", "engine"),
+    ]
+    for part in parts[:2]:
+        part.start()
+    ports, logs, keys, cores = zip(*spawned, strict=True)
+    assert session.engine_urls == tuple(f"http://127.0.0.1:{port}" for port in ports) and len(set(ports)) == 2
+    assert logs == ("engine-0.log", "engine-1.log") and cores == ([first], [last]) and len(set(keys)) == 1
+    assert parts[1].lost_signs == (f"fake engine at {session.engine_urls[1]}",)
+
+
+def test_engines_elsewhere_are_no_part_of_a_run_and_their_key_goes_to_the_producer_alone(parts_of, monkeypatch):
+    given = []
+    monkeypatch.setattr(launch, "spawn", lambda name, command, log, environment, cores=None: given.append(environment))
+    monkeypatch.setenv("FASTREASON_ENGINE_KEY", "theirs")
+    parts, session = parts_of(resources={"urls": ["http://node1:8000/", "http://node2:8000"]})
+    assert [part.name for part in parts] == ["producer", "trainer"]
+    assert session.engine_urls == ("http://node1:8000", "http://node2:8000")
+    assert "FASTREASON_ENGINE_KEY" not in os.environ, "the ranks would inherit it"
+    parts[0].start()
+    assert given[0]["FASTREASON_ENGINE_KEY"] == "theirs"
 
 
 def test_the_ranks_get_no_key_and_everybody_the_cores_of_its_side(parts_of, monkeypatch):

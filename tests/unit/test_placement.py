@@ -7,13 +7,13 @@ from fastreason.errors import ConfigError
 from fastreason.placement import engine_gpus, place, trainer_gpus
 
 
-def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", **rollout):
+def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", engines=None, urls=(), **rollout):
     return parse_config(
         {
             "model": {"path": "/m"},
             "data": {"task": "chain_sum"},
             "rollout": {"max_staleness": staleness, **rollout},
-            "resources": {"mode": mode, "sleep": sleep},
+            "resources": {"mode": mode, "sleep": sleep, "engines": engines, "urls": list(urls)},
             "train": {"steps": 1, "prompts_per_step": 8, "gpus": train_gpus, "ranks": ranks},
         }
     )
@@ -35,6 +35,10 @@ def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", **r
         ({"mode": "colocated", "engine": "vllm"}, "cpu", "colocated", False),
         ({"mode": "colocated", "engine": "fake", "sleep": "on"}, "cpu", "colocated", True),
         ({"mode": "split", "gpus": "1"}, "cuda", "split", False),
+        ({"gpus": "0-3", "engines": 4, "ranks": 4}, "cuda", "colocated", True),
+        ({"gpus": "4-7", "engines": 4, "ranks": 4}, "cuda", "split", False),
+        ({"urls": ["http://a:1"]}, "cuda", "remote", False),
+        ({"urls": ["http://a:1"], "mode": "remote"}, "cpu", "remote", False),
     ],
 )
 def test_what_resources_come_to(keys, device, mode, sleeps):
@@ -61,6 +65,13 @@ def test_what_resources_come_to(keys, device, mode, sleeps):
         ({"sleep": "on", "engine": "hf"}, "cuda", r"sleep=on: rollout.engine=hf cannot sleep"),
         ({"sleep": "on", "gpus": "1"}, "cuda", r"sleep=on: only a colocated engine sleeps"),
         ({"sleep": "on"}, "cpu", r"sleep=on: only a colocated engine sleeps"),
+        ({"sleep": "on", "urls": ["http://a:1"]}, "cuda", r"sleep=on: engines that run elsewhere"),
+        (
+            {"mode": "split", "urls": ["http://a:1"]},
+            "cuda",
+            r"mode=split: resources.urls has engines that run elsewhere",
+        ),
+        ({"mode": "remote"}, "cuda", r"mode=remote: resources.urls is empty"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_key_and_a_way_out(keys, device, words):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from producer_stage import make_config, running
 from test_engine_recovery import KEY, PROMPT, folder, held, publish, with_engine  # noqa: F401 (folder: a fixture)
+from test_fleet import until, with_fleet
 from test_loop import World, make_loop
 
 from fastreason import compose
@@ -168,7 +169,7 @@ def test_while_another_has_its_gpu_a_lost_engine_is_waited_for_without_end(monke
 def test_a_response_from_one_that_sleeps_is_our_own_bug(monkeypatch):
     async def body(site, engine, events):
         await engine.sleep()
-        with pytest.raises(AssertionError, match="asked for t while the engine sleeps"):
+        with pytest.raises(AssertionError, match=r"asked for t\.0 while the engine sleeps"):
             await engine.generate("t", PROMPT, SHORT)
         stranger = VllmEngine(site.url, KEY, RolloutConfig(), name="fake")
         await stranger.start()
@@ -189,6 +190,8 @@ def test_the_fake_engine_refuses_what_a_gpu_would_not_survive(monkeypatch, folde
             token_ids=[1], eos_token_id=2, max_model_len=9, token_s=0.0, tenant_file=str(tenant)
         )
         connection = engine._lifeline._connection
+        stranger = VllmEngine(site.url, KEY, RolloutConfig(), name="fake")
+        await stranger.start()
         await engine.sleep()
         tenant.touch()
         with pytest.raises(EngineError, match=r"answered 409 to /wake_up: out of memory"):
@@ -200,15 +203,47 @@ def test_the_fake_engine_refuses_what_a_gpu_would_not_survive(monkeypatch, folde
         for part in ("weights", "kv_cache"):
             await connection.ask(f"/wake_up?tags={part}")
         with pytest.raises(EngineError, match=r"or has no weights: .*'has_weights': False"):
-            await VllmEngine._generate_one(engine, "t", PROMPT, SHORT, 1, connection)
+            await stranger.generate("t", PROMPT, SHORT)
         await connection.ask("/collective_rpc", {"method": "fastreason_restore", "kwargs": {}})
         tenant.touch()
         with pytest.raises(EngineError, match=r"another has the device, and it was told to generate"):
-            await VllmEngine._generate_one(engine, "t", PROMPT, SHORT, 1, connection)
+            await stranger.generate("t", PROMPT, SHORT)
         with pytest.raises(EngineError, match=r"knows level=2&mode=wait"):
             await connection.ask("/sleep?level=1")
+        await stranger.close()
 
     sleeping(monkeypatch, body)
+
+
+def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(monkeypatch, folder):  # noqa: F811
+    first, second = publish(folder, 1), publish(folder, 2)
+
+    async def body(sites, fleet, events):
+        def memory():
+            return [len(site.engines[-1]._state()["memory"]) for site in sites]
+
+        async def back(number):
+            await sites[0].up()
+            await until(lambda: [event for event, *_ in events].count("engine_back") == number)
+
+        await fleet.load_weights(first)
+        assert await fleet.sleep() > 0 and memory() == [0, 0]
+        await sites[0].down()
+        await until(lambda: events)
+        await back(1)
+        assert memory() == [0, 0], "it was found while the others slept"
+        await sites[0].down()
+        report = await fleet.load_weights(second)
+        assert report.wake_s > 0 and await fleet.wake() == 0.0
+        await back(2)
+        assert memory() == [2, 2]
+        await fleet.sleep()
+        assert await fleet.wake() > 0 and memory() == [2, 2]
+        answers = [await fleet.generate(f"t{number}", PROMPT, SHORT) for number in range(4)]
+        return {version for (completion,) in answers for version in completion.token_versions}
+
+    keys = {"resting": lambda: False, "hang_timeout_s": 0.3, "token_s": 0.0}
+    assert with_fleet(monkeypatch, body, **keys) == {2}
 
 
 def test_a_worker_says_that_its_weights_are_given_up():
@@ -326,7 +361,7 @@ def test_a_trainer_that_goes_on_leaves_before_it_publishes(tmp_path):
 @pytest.mark.parametrize("sleeps", [True, False])
 def test_no_rank_loads_before_the_engine_has_had_its_memory(tmp_path, monkeypatch, sleeps):
     session = Session(
-        folder=str(tmp_path), run_dir="", model_dir="", engine_url=None, exchange_dir="", device="cuda",
+        folder=str(tmp_path), run_dir="", model_dir="", exchange_dir="", device="cuda",
         attention="", liger=False, resume=False, colocated=True, sleeps=sleeps,
     )  # fmt: skip
     config = make_config(startup_timeout_s=0.5)

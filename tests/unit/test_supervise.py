@@ -38,7 +38,7 @@ class Stage:
         self.folder = folder
         (folder / "run").mkdir()
         self.session = Session(
-            folder=str(folder), run_dir=str(folder / "run"), model_dir="", engine_url=None, exchange_dir="",
+            folder=str(folder), run_dir=str(folder / "run"), model_dir="", exchange_dir="",
             device="cpu", attention="sdpa", liger=False, resume=False,
         )  # fmt: skip
         self.config = RunConfig(**{"hang_timeout_s": 0.8, "max_restarts": 2, **run})
@@ -128,6 +128,26 @@ def stage(tmp_path, monkeypatch):
         one.supervisor.stop()
         left = [p for processes in one.started.values() for p in processes if p.is_running()]
         assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_one_of_several_that_may_not_be_started_again_is_given_up_and_the_last_of_them_ends_the_run(stage, capsys):
+    s = stage(max_restarts=1)
+    for index in range(2):
+        s.add(f"engine {index}", BEATS, key=f"engine-{index}", kind="engine", explain_end=lambda: "its log")
+    s.add_main()
+
+    def kill(index, count):
+        return s.has(f"engine {index}", count), s.send(f"engine {index}", signal.SIGKILL)
+
+    def said():
+        return "engine 0 is given up" in capsys.readouterr().err
+
+    def gone():
+        return len(s.started["engine 1"]) == 2 and not alive(s.started["engine 1"][-1])
+
+    with pytest.raises(EngineError, match=r"the engine 1 failed, after 1 restart.*exit code -9.*its log"):
+        s.watch(kill(0, 1), kill(0, 2), (said, lambda: None), kill(1, 1), kill(1, 2), (gone, lambda: time.sleep(2)))
+    assert len(s.started["engine 0"]) == 2, "what is given up was started again"
 
 
 def test_what_dies_or_hangs_is_started_again_and_counted(stage, capsys):

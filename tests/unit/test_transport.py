@@ -334,6 +334,40 @@ def test_a_broadcast_is_asked_for_joined_and_proved_also_by_the_next_server(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights-000001.manifest"]
 
 
+def test_several_engines_have_a_group_each_and_all_get_one_publication(tmp_path):
+    groups = {}
+
+    def open_group(port, world_size):
+        groups[port] = Group()
+        return groups[port]
+
+    publisher = BroadcastPublisher(tmp_path, torch.float32, torch.device("cpu"), open_group)
+    update = publisher.write(Source(), 1)
+    ports = {}
+
+    def receive_at(name):
+        return lambda info: [(each, groups[ports[name]].receive()) for each in info["names"]]
+
+    async def load(name):
+        transfer, engine = BroadcastTransfer(num_workers=1), Engine(receive_at(name))
+        await transfer.prepare(engine, update)
+        ports[name] = engine.inits[0]["master_port"]
+        deadline = time.monotonic() + 20
+        while len(groups) < 2 and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return [report["checksum"] for report in await transfer.load(engine, update)]
+
+    async def load_all():
+        # One after another: the stand-in's wait for its group blocks the loop.
+        prepared = [asyncio.create_task(load(name)) for name in "ab"]
+        return [await task for task in prepared]
+
+    assert asyncio.run(load_all()) == [[update.checksum]] * 2
+    assert len(groups) == 2 and not any(group._sent for group in groups.values()), (
+        "a group got more than its engine took"
+    )
+
+
 def test_a_trainer_that_cannot_broadcast_says_so_at_both_ends(tmp_path):
     """In place of an engine that is waited for until it is taken for a hanging one."""
 
