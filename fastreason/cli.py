@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, others = parser.parse_known_args(arguments)
     # argparse takes no more overrides after an option: train c.yaml --dry-run train.lr=1e-5.
-    taking = next((name for name in ("overrides", "models") if hasattr(options, name)), None)
+    taking = next((name for name in ("overrides", "models", "words") if hasattr(options, name)), None)
     if others and taking and all("=" in item and item[0] != "-" for item in others):
         getattr(options, taking).extend(others)
     elif others:

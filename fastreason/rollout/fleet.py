@@ -17,6 +17,7 @@ import msgspec
 from fastreason.errors import EngineError
 from fastreason.patience import Patience
 from fastreason.rollout.connection import ServerLostError
+from fastreason.rollout.sampling import together
 from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdate
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class Fleet:
             for engine in self._engines:
                 engine.begin()
         else:
-            await asyncio.gather(*(engine.start() for engine in self._engines))
+            await together(*(engine.start() for engine in self._engines))
 
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
         """All samples of a request on one engine, so that they share its prefix; what a lost engine owed goes to another."""

@@ -152,7 +152,8 @@ class VllmEngine:
     async def start(self) -> None:
         await self._lifeline.start()
         if self._verify is not None:
-            await self._lifeline.call(self._verify, "looking at what the engine serves")
+            # Another run may have left its weights there, or a pause.
+            await self._lifeline.call(self._revive, "taking over an engine elsewhere")
 
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
         requests = [

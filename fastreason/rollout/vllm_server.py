@@ -12,7 +12,7 @@ import re
 import sys
 
 from fastreason.config import RolloutConfig
-from fastreason.cores import available_cores, parse_cores
+from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.exchange import EXCHANGE_VARIABLE
 from fastreason.rollout.server import LOOPBACK
 
@@ -100,9 +100,9 @@ def server_environment(
 
 
 def thread_binding(cores: list[int], number: int) -> str:
-    """The cores of each of `number` processes that compute: `0,1` for one, `0|1` for two."""
+    """The cores of each of `number` processes that compute: `0-1` for one, `0|1` for two."""
     size = max(1, len(cores) // number)
-    return "|".join(",".join(map(str, cores[index * size : (index + 1) * size])) for index in range(number))
+    return "|".join(cores_text(cores[index * size : (index + 1) * size]) for index in range(number))
 
 
 def explain_end(text: str, num_lines: int = 25) -> str:

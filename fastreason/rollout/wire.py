@@ -199,7 +199,7 @@ class Connection:
         said = f" It last said that it waits for {self._said}." if self._said else ""
         return StuckError(
             f"waited {patience.limit_s:g} s (run.timeout_s) for the producer: {waiting_for}.{said} See logs/producer.log and "
-            "logs/engine.log in the run's folder; raise run.timeout_s if generation is that slow."
+            "logs/engine*.log in the run's folder; raise run.timeout_s if generation is that slow."
         )
 
     def close(self) -> None:

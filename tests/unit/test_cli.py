@@ -127,6 +127,15 @@ def test_a_dry_run_prints_a_config_that_loads_again(config, capsys, tmp_path):
     assert "# step: 2 prompts x 8 samples = 16 completions" in text and "# device: cpu" in text
 
 
+def test_a_dry_run_says_who_runs_where(config, capsys, monkeypatch):
+    monkeypatch.setattr("fastreason.resources.available_cores", lambda: [0, 1, 2, 3])
+    assert cli.main(["train", "c.yaml", "resources.engines=2", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "# engine 1 (fake)  1 server   core 2-3  " in printed and "ZeRO-2" in printed
+    assert cli.main(["train", "c.yaml", "resources.engines=5", "--dry-run"]) == 2
+    assert "resources.engines=5: this process may use 4 core(s)" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_a_person_should_know(config, capsys):
     keys = ["algorithm.kl=k3", "algorithm.kl_coef=0.1", "rollout.max_staleness=1"]
     assert cli.main(["train", "c.yaml", *keys, "--dry-run"]) == 0

@@ -152,17 +152,23 @@ def test_one_publication_reaches_all_and_each_token_has_the_version_of_its_engin
     async def body(sites, fleet, events):
         await fleet.load_weights(updates[0])
         tasks = [asyncio.create_task(fleet.generate(f"t{i}", PROMPT, PARAMS)) for i in range(2)]
-        await asyncio.sleep(4 * TOKEN_S)
+
+        def most(site):
+            return max(site.engines[0]._num_tokens.values(), default=0)
+
+        await until(lambda: min(map(most, sites)) >= 2)
         sites[1].deaf.clear()  # it is late
         loading = asyncio.create_task(fleet.load_weights(updates[1]))
-        await asyncio.sleep(6 * TOKEN_S)
+        await until(lambda: sites[0].engines[0]._held == updates[1].checksum)
+        reached = most(sites[1])
+        await until(lambda: most(sites[1]) > reached + 1)
         sites[1].deaf.set()
         report = await loading
         answers = [await task for task in tasks]
         held = [site.engines[0]._held for site in sites]
         return report, answers, held, [engine.version for engine in fleet._engines], fleet.version
 
-    report, answers, held, versions, version = with_fleet(monkeypatch, body)
+    report, answers, held, versions, version = with_fleet(monkeypatch, body, token_s=0.1)
     assert held == [updates[1].checksum] * 2 and versions == [2, 2] and (report.version, version) == (2, 2)
     assert [[completion.token_ids for completion in completions] for completions in answers] == [expected()] * 2
     switches = []
@@ -204,6 +210,16 @@ def test_an_engine_that_cannot_load_is_done_without_until_it_can(monkeypatch, fo
     assert held == [updates[1].checksum] * 2 and failures[0] == -1
     assert [name for name, _, _ in events] == ["engine_lost", "engine_back"]
     assert "could not load version 2" in events[0][2] and "no room" in events[0][2]
+
+
+def test_an_engine_that_is_behind_gets_no_request(monkeypatch, folder):
+    async def body(sites, fleet, events):
+        await fleet.load_weights(publish(folder, 1))
+        fleet._engines[0].version = 0
+        await fleet.generate("t1", PROMPT, ONE)
+        return [prompts(site) for site in sites]
+
+    assert with_fleet(monkeypatch, body) == [[], ["t1"]]
 
 
 def test_weights_that_no_engine_can_load_are_an_error_at_once(monkeypatch, folder):

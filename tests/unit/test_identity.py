@@ -128,6 +128,21 @@ def test_a_server_that_comes_back_with_another_model_is_not_taken_back(start, tm
     start(then=replace)
 
 
+def test_weights_and_a_pause_that_another_run_has_left_are_taken_back_before_the_first_request(start):
+    async def leave_and_start_again(site, engine):
+        server = site.engines[0]
+        server._held = "of another run"
+        server._may_begin.clear()
+        server._may_go_on.clear()
+        await engine.close()
+        heir = VllmEngine(site.url, KEY, RolloutConfig(), name="fake", spare=True, verify=engine._verify)
+        await heir.start()
+        assert server._held is None and server._may_begin.is_set() and server._may_go_on.is_set()
+        await heir.close()
+
+    start(then=leave_and_start_again)
+
+
 def test_the_digest_of_weights_is_of_the_tensors_and_not_of_the_files(tmp_path):
     folder = make_model(tmp_path / "m")
     digest = weights_digest(folder)
