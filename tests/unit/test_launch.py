@@ -235,7 +235,7 @@ def test_several_engines_have_their_share_their_port_and_their_log_each_and_one_
     spawned = []
 
     def fake_spawn(name, command, log_path, environment, cores=None):
-        spawned.append((command[-2], log_path.name, environment["FASTREASON_ENGINE_KEY"], cores))
+        spawned.append((command[-3], log_path.name, environment["FASTREASON_ENGINE_KEY"], cores))
 
     monkeypatch.setattr("fastreason.rollout.server.spawn", fake_spawn)
     first, *_, last = available_cores()
