@@ -119,6 +119,7 @@ class TrainRun:
         self.config_path.write_text(yaml.safe_dump(config))
         (folder / "user_reward_of_the_test.py").write_text(USER_REWARD)
         self.environment: dict[str, str] = {}
+        self.prefix: list[str] = []  # before the command
         self.process: subprocess.Popen[str] | None = None
         self.output = ""
         self._traces: set[str] = set()
@@ -130,7 +131,7 @@ class TrainRun:
         given = ["--resume", str(resume)] if resume else [str(self.config_path)]
         self._log = open(self.folder / f"out-{uuid.uuid4().hex[:6]}.txt", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [str(script), "train", *given, *arguments],
+            [*self.prefix, str(script), "train", *given, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
