@@ -7,16 +7,18 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from engine_site import Site
 from producer_stage import make_config, running
 from test_engine_recovery import KEY, PROMPT, folder, held, publish, with_engine  # noqa: F401 (folder: a fixture)
-from test_fleet import until, with_fleet
 from test_loop import World, make_loop
 
 from fastreason import compose
 from fastreason.config import RolloutConfig
 from fastreason.errors import EngineError, InterruptedWaitError, StuckError
 from fastreason.rollout import fake_server
+from fastreason.rollout.fleet import Fleet
 from fastreason.rollout.vllm import VllmEngine
+from fastreason.rollout.vllm_middleware import KEY_VARIABLE
 from fastreason.rollout.vllm_worker import WeightWorker
 from fastreason.session import Session
 from fastreason.tenancy import Tenancy
@@ -215,8 +217,30 @@ def test_the_fake_engine_refuses_what_a_gpu_would_not_survive(monkeypatch, folde
     sleeping(monkeypatch, body)
 
 
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
 def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(monkeypatch, folder):  # noqa: F811
     first, second = publish(folder, 1), publish(folder, 2)
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+    async def run():
+        sites, events = [Site(monkeypatch, 0.0) for _ in range(2)], []
+        for site in sites:
+            await site.up()
+        keys = {"spare": True, "hang_timeout_s": 0.3, "resting": lambda: False}
+        keys["on_event"] = lambda event, detail: events.append(event)
+        engines = [VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **keys) for site in sites]
+        fleet = Fleet(engines, 10.0)
+        await fleet.start()
+        try:
+            return await body(sites, fleet, events)
+        finally:
+            await fleet.close()
+            for site in sites:
+                await site.down()
 
     async def body(sites, fleet, events):
         def memory():
@@ -224,7 +248,7 @@ def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(mo
 
         async def back(number):
             await sites[0].up()
-            await until(lambda: [event for event, *_ in events].count("engine_back") == number)
+            await until(lambda: events.count("engine_back") == number)
 
         await fleet.load_weights(first)
         assert await fleet.sleep() > 0 and memory() == [0, 0]
@@ -242,8 +266,7 @@ def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(mo
         answers = [await fleet.generate(f"t{number}", PROMPT, SHORT) for number in range(4)]
         return {version for (completion,) in answers for version in completion.token_versions}
 
-    keys = {"resting": lambda: False, "hang_timeout_s": 0.3, "token_s": 0.0}
-    assert with_fleet(monkeypatch, body, **keys) == {2}
+    assert asyncio.run(asyncio.wait_for(run(), 40)) == {2}
 
 
 def test_a_worker_says_that_its_weights_are_given_up():
