@@ -51,20 +51,20 @@ def test_whatever_dies_while_the_engine_sleeps_costs_nothing_and_starts_nothing_
     run = small_run(
         run={"hang_timeout_s": 2.0, "max_restarts": 1},
         resources={"mode": "colocated", "sleep": "on"},
-        train={"steps": 5},
+        train={"steps": 7},
         checkpoint={"save_model": False},
     )
     run.start()
     strikes = [
-        (1, signal.SIGKILL, "rollout.fake_server"),
-        (2, signal.SIGKILL, "_process producer"),
-        (3, signal.SIGSTOP, "rollout.fake_server"),
+        (2, signal.SIGKILL, "rollout.fake_server"),
+        (3, signal.SIGKILL, "_process producer"),
+        (4, signal.SIGSTOP, "rollout.fake_server"),
     ]
     for step, number, words in strikes:
         run.until(lambda step=step: run.phase() == ("train", step), what=f"training in step {step}")
         (victim,) = run.find(*words.split())
         victim.send_signal(number)
-    run.until(lambda: run.phase() == ("train", 4), what="training in step 4")
+    run.until(lambda: run.phase() == ("train", 5), what="training in step 5")
     run.stop()
     assert run.wait(150) == 143, run.output + run.logs()
     assert run.left_behind(2) == [] and run.files_left() == []
@@ -72,5 +72,5 @@ def test_whatever_dies_while_the_engine_sleeps_costs_nothing_and_starts_nothing_
     assert run.metrics()[-1]["rollout/producer_restarts"] == 1
     assert run.run(resume=run.run_dir) == 0, run.output + run.logs()
     audit = audit_ledger(read_ledger(run.run_dir))
-    assert (audit.num_trained, audit.lost, audit.twice) == (15, [], [])
+    assert (audit.num_trained, audit.lost, audit.twice) == (21, [], [])
     assert run.left_behind(2) == [] and run.files_left() == []
