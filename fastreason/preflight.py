@@ -111,15 +111,19 @@ def check_offline_run(config: Config, prepared: bool = False) -> list[str]:
 
 
 def sharing_notes(config: Config, placement: Placement, device: str) -> tuple[str, ...]:
-    """What is to be said of the memory of GPUs that engine and trainer share; raises ConfigError where it cannot suffice."""
-    if placement.mode != "colocated" or device != "cuda":
+    """What is to be said of GPUs that engine and trainer share; raises ConfigError where their memory cannot suffice."""
+    if placement.mode != "colocated":
         return ()
+    asleep = "in turn: the engine sleeps while the trainer computes"
+    said = f"colocated, {asleep if placement.sleeps else 'at the same time: each has a share of the memory'}"
+    if device != "cuda":
+        return (said,)
     from fastreason.algorithms import resolve_algorithm
     from fastreason.plan.sharing import check_sharing
 
     copies = ["reference"] if resolve_algorithm(config).needs_reference and config.lora.rank is None else []
     copies += ["published copy"] if config.rollout.transport in ("ipc", "nccl") else []
-    return tuple(check_sharing(config, placement, copies=copies))
+    return (said, *check_sharing(config, placement, copies=copies))
 
 
 def check_adapter(config: Config) -> None:

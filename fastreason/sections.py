@@ -202,7 +202,7 @@ class RolloutConfig(Section):
 class ResourcesConfig(Section):
     mode: Literal["auto", "split", "colocated", "remote"] = Field(
         default="auto",
-        description="engine and trainer on GPUs of their own, on the same, or engines elsewhere; auto: as GPUs and urls say",
+        description="GPUs of their own, the same, or elsewhere; auto: remote with urls, colocated if they share one, or split",
     )
     sleep: Switch = Field(
         "auto",

@@ -54,7 +54,7 @@ class Part:
     `key` names it in requests and in counts of restarts, and None is one that is never started again; `members` are the
     names of its beats and outcomes; `explain_end` says from its log why it ended; `lost_signs` are what another process
     says that lost it; `kind` is shared by parts that stand in for each other, so that one that may not be started again ends
-    the run only where it was the last of them. While it is `resting` nobody needs it, and where it stood another has its
+    the run only where it was the last of them. While one is `resting` nobody needs it, and where it stood another has its
     memory: whatever is wrong with it then is seen to afterwards.
     """
 

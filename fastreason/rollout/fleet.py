@@ -47,6 +47,10 @@ class Member(Protocol):
 
     async def try_load(self, update: WeightUpdate) -> LoadReport: ...
 
+    async def try_sleep(self) -> None: ...
+
+    async def try_wake(self) -> None: ...
+
     async def try_sample(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, index: int
     ) -> Completion: ...
@@ -76,6 +80,7 @@ class Fleet:
         self._loads = [_Load(engine) for engine in engines]
         self._patience_s, self._takes_over = patience_s, takes_over
         self._wanted: WeightUpdate | None = None
+        self._asleep = False
 
     @property
     def version(self) -> int:
@@ -135,7 +140,7 @@ class Fleet:
 
         The report is of the slowest: its pause, its load. Raises EngineError where none is left that holds `update`.
         """
-        started, self._wanted = time.perf_counter(), update
+        started, self._wanted, self._asleep = time.perf_counter(), update, False
         alive = [engine for engine in self._engines if engine.is_alive]
         for engine in self._engines:
             engine.want(update)
@@ -163,14 +168,28 @@ class Fleet:
         return msgspec.structs.replace(
             max(reports, key=lambda report: report.load_s),
             pause_s=max(report.pause_s for report in reports),
+            wake_s=max(report.wake_s for report in reports),
             total_s=total_s,
         )
 
     async def sleep(self) -> float:
-        raise EngineError("several engines do not sleep in turns with a trainer")
+        return await self._all("try_sleep")
 
     async def wake(self) -> float:
-        return 0.0
+        if not self._asleep:
+            return 0.0
+        seconds = await self._all("try_wake")
+        await self._await_one("waking the engines")
+        return seconds
+
+    async def _all(self, method: str) -> float:
+        """Have all engines fall asleep or wake, those that are away when they are found; the seconds of the slowest."""
+        started, self._asleep = time.perf_counter(), method == "try_sleep"
+        calls = [getattr(engine, method)() for engine in self._engines]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, ServerLostError):
+                raise result
+        return time.perf_counter() - started
 
     async def adopt(self, update: WeightUpdate | None) -> None:
         self._wanted = update

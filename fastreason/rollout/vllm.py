@@ -63,8 +63,8 @@ def make_server(
         "max_model_len": max_model_len,
         "seed": config.run.seed,
         "device": device,
-        "host": where.get("host", LOOPBACK),
         "sleeps": tenant_file is not None,
+        "host": where.get("host", LOOPBACK),
     }
     return EngineServer(
         "vLLM server",
@@ -138,10 +138,10 @@ class VllmEngine:
             on_hung=on_hung,
             on_event=on_event,
             takes_over=takes_over,
+            resting=resting or (lambda: False),
             spare=spare,
             log=log,
             key_hint=key_hint,
-            resting=resting or (lambda: False),
         )
 
     @property
@@ -156,7 +156,6 @@ class VllmEngine:
             await self._lifeline.call(self._revive, "taking over an engine elsewhere")
 
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
-        assert not self._asleep, f"asked for {request_id} while the engine sleeps"
         requests = [
             self._lifeline.call(
                 partial(self._generate_one, request_id, prompt_token_ids, params, index),
@@ -170,6 +169,7 @@ class VllmEngine:
         self, request: str, prompt_token_ids: list[int], params: SamplingParams, index: int, connection: Connection
     ) -> Completion:
         request_id, seed = f"{request}.{index}", sample_seed(params.seed, index)
+        assert not self._asleep, f"asked for {request_id} while the engine sleeps"
         sampling = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -301,13 +301,13 @@ class VllmEngine:
             await self._verify(connection)
         await self._told.wait()
         while True:
-            wanted = self._wanted
+            wanted, asleep = self._wanted, self._asleep
             try:
                 await self._bring(connection, wanted)
             except OtherWeightsError:
                 if not await self._is_superseded(connection, wanted):
                     raise
-            if self._wanted is wanted:
+            if self._wanted is wanted and self._asleep == asleep:
                 return
 
     async def _bring(self, connection: Connection, wanted: WeightUpdate | None) -> None:
@@ -399,8 +399,18 @@ class VllmEngine:
 
     def want(self, update: WeightUpdate | None) -> None:
         """What a server that is found from now on is to hold; one that is alive is given it by `try_load`."""
-        self._wanted = update
+        self._wanted, self._asleep = update, False
         self._told.set()
+
+    async def try_sleep(self) -> None:
+        """As `sleep`; raises ServerLostError where the server is away, or lost: the next one falls asleep when it is found."""
+        self._asleep = True
+        await self._lifeline.once(self._lull)
+
+    async def try_wake(self) -> None:
+        """As `wake`; raises ServerLostError like `try_sleep`: the next one is awake."""
+        self._asleep = False
+        await self._lifeline.once(lambda connection: self._bring(connection, self._wanted))
 
     def leave(self, reason: str) -> None:
         """Take a server that answers for lost; its requests in flight end, and it comes back as others do."""

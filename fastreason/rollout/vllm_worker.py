@@ -21,9 +21,8 @@ class WeightWorker:
 
     model_runner: Any
     model_config: Any
-    fastreason_held: str | None = (
-        None  # checksum of the weights loaded last, None for those of the start; or what is amiss
-    )
+    # Checksum of the weights loaded last, None for those of the start, else what is amiss.
+    fastreason_held: str | None = None
     fastreason_watching: "Watch | None" = None
     fastreason_ahead: "tuple[str, Future[tuple[dict[str, torch.Tensor], Digest]]] | None" = None
 

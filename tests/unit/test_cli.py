@@ -312,7 +312,7 @@ def launched(monkeypatch):
     """The calls of the launcher, which starts nothing."""
     calls = []
 
-    def launch(config, run_dir, decisions, resume, only, groups_dir):
+    def launch(config, run_dir, decisions, resume, only, groups_dir, link=None):
         calls.append({"run_dir": run_dir, "resume": resume, "only": only, "groups_dir": groups_dir})
         return 0
 

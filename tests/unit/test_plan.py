@@ -349,7 +349,10 @@ def test_a_reference_beside_the_policy_counts(tmp_path, monkeypatch):
     ):
         preflight.sharing_notes(shared_config(tmp_path, *overrides), SHARED, "cuda")
         assert asked["copies"] == copies
-    assert preflight.sharing_notes(shared_config(tmp_path), SHARED, "cpu") == ()
+    for placement, words in ((SHARED, "in turn: the engine sleeps"), (Placement("colocated"), "a share of the memory")):
+        (said,) = preflight.sharing_notes(shared_config(tmp_path), placement, "cpu")
+        assert words in said
+    assert preflight.sharing_notes(shared_config(tmp_path), Placement("split"), "cuda") == ()
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"beside it the trainer holds 32.3 \(.*reference 2.9, published copy 2.9\)"):
         sharing.check_sharing(shared_config(tmp_path), SHARED, 57e9, ["reference", "published copy"])

@@ -7,6 +7,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from engine_site import Site
 from producer_stage import make_config, running
 from test_engine_recovery import KEY, PROMPT, folder, held, publish, with_engine  # noqa: F401 (folder: a fixture)
 from test_loop import World, make_loop
@@ -15,7 +16,9 @@ from fastreason import compose
 from fastreason.config import RolloutConfig
 from fastreason.errors import EngineError, InterruptedWaitError, StuckError
 from fastreason.rollout import fake_server
+from fastreason.rollout.fleet import Fleet
 from fastreason.rollout.vllm import VllmEngine
+from fastreason.rollout.vllm_middleware import KEY_VARIABLE
 from fastreason.rollout.vllm_worker import WeightWorker
 from fastreason.session import Session
 from fastreason.tenancy import Tenancy
@@ -168,7 +171,7 @@ def test_while_another_has_its_gpu_a_lost_engine_is_waited_for_without_end(monke
 def test_a_response_from_one_that_sleeps_is_our_own_bug(monkeypatch):
     async def body(site, engine, events):
         await engine.sleep()
-        with pytest.raises(AssertionError, match="asked for t while the engine sleeps"):
+        with pytest.raises(AssertionError, match=r"asked for t\.0 while the engine sleeps"):
             await engine.generate("t", PROMPT, SHORT)
         stranger = VllmEngine(site.url, KEY, RolloutConfig(), name="fake")
         await stranger.start()
@@ -189,6 +192,8 @@ def test_the_fake_engine_refuses_what_a_gpu_would_not_survive(monkeypatch, folde
             token_ids=[1], eos_token_id=2, max_model_len=9, token_s=0.0, tenant_file=str(tenant)
         )
         connection = engine._lifeline._connection
+        stranger = VllmEngine(site.url, KEY, RolloutConfig(), name="fake")
+        await stranger.start()
         await engine.sleep()
         tenant.touch()
         with pytest.raises(EngineError, match=r"answered 409 to /wake_up: out of memory"):
@@ -200,15 +205,68 @@ def test_the_fake_engine_refuses_what_a_gpu_would_not_survive(monkeypatch, folde
         for part in ("weights", "kv_cache"):
             await connection.ask(f"/wake_up?tags={part}")
         with pytest.raises(EngineError, match=r"or has no weights: .*'has_weights': False"):
-            await VllmEngine._generate_one(engine, "t", PROMPT, SHORT, 1, connection)
+            await stranger.generate("t", PROMPT, SHORT)
         await connection.ask("/collective_rpc", {"method": "fastreason_restore", "kwargs": {}})
         tenant.touch()
         with pytest.raises(EngineError, match=r"another has the device, and it was told to generate"):
-            await VllmEngine._generate_one(engine, "t", PROMPT, SHORT, 1, connection)
+            await stranger.generate("t", PROMPT, SHORT)
         with pytest.raises(EngineError, match=r"knows level=2&mode=wait"):
             await connection.ask("/sleep?level=1")
+        await stranger.close()
 
     sleeping(monkeypatch, body)
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(monkeypatch, folder):  # noqa: F811
+    first, second = publish(folder, 1), publish(folder, 2)
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+    async def run():
+        sites, events = [Site(monkeypatch, 0.0) for _ in range(2)], []
+        for site in sites:
+            await site.up()
+        keys = {"spare": True, "hang_timeout_s": 0.3, "resting": lambda: False}
+        keys["on_event"] = lambda event, detail: events.append(event)
+        engines = [VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **keys) for site in sites]
+        fleet = Fleet(engines, 10.0)
+        await fleet.start()
+        try:
+            return await body(sites, fleet, events)
+        finally:
+            await fleet.close()
+            for site in sites:
+                await site.down()
+
+    async def body(sites, fleet, events):
+        def memory():
+            return [len(site.engines[-1]._state()["memory"]) for site in sites]
+
+        async def back(number):
+            await sites[0].up()
+            await until(lambda: events.count("engine_back") == number)
+
+        await fleet.load_weights(first)
+        assert await fleet.sleep() > 0 and memory() == [0, 0]
+        await sites[0].down()
+        await until(lambda: events)
+        await back(1)
+        assert memory() == [0, 0], "it was found while the others slept"
+        await sites[0].down()
+        report = await fleet.load_weights(second)
+        assert report.wake_s > 0 and await fleet.wake() == 0.0
+        await back(2)
+        assert memory() == [2, 2]
+        await fleet.sleep()
+        assert await fleet.wake() > 0 and memory() == [2, 2]
+        answers = [await fleet.generate(f"t{number}", PROMPT, SHORT) for number in range(4)]
+        return {version for (completion,) in answers for version in completion.token_versions}
+
+    assert asyncio.run(asyncio.wait_for(run(), 40)) == {2}
 
 
 def test_a_worker_says_that_its_weights_are_given_up():
