@@ -1,6 +1,7 @@
 """The `fastreason` command. Imports nothing heavy until a subcommand needs it."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from fastreason.errors import ConfigError, DataError, FastreasonError, ModelErro
 
 if TYPE_CHECKING:
     from fastreason.config import Config
+    from fastreason.nodes import Link
     from fastreason.preflight import Decisions
 
 
@@ -51,6 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_command(options: argparse.Namespace) -> int:
+    """On one machine, or on this one of several that an outer launcher has started the command on."""
+    from fastreason.nodes import forget_launcher, lead, node_of
+
+    node = node_of(os.environ)
+    if node is None or options.dry_run:
+        return train_here(options)
+    forget_launcher(os.environ)
+    if options.only == "rollout":
+        raise ConfigError("--only rollout: it has no ranks to divide among machines. Start it on one.")
+    if node.is_first:
+        return lead(node, lambda link: train_here(options, link))
+    from fastreason.follow import follow
+
+    return follow(node)
+
+
+def train_here(options: argparse.Namespace, link: "Link | None" = None) -> int:
     from fastreason.config import load_config
     from fastreason.launch import launch
     from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, settle_dtypes, start_lines
@@ -58,7 +77,7 @@ def train_command(options: argparse.Namespace) -> int:
     from fastreason.run_folder import held, make_run_dir, write_config
 
     if options.resume:
-        return resume_command(options)
+        return resume_command(options, link)
     if not options.config:
         raise ConfigError("train: give a config file, e.g. fastreason train configs/quickstart.yaml (or --resume RUN).")
     config = settle_dtypes(anchor_paths(load_config(options.config, options.overrides)))
@@ -67,18 +86,21 @@ def train_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked, options.only)
     if config.offline.objective is not None:
-        return train_offline(options, config, decisions)
+        return train_offline(options, config, decisions, link)
     if groups is None and (not unchecked or config.data.source != "hub"):
         check_prompts_offline(config)
     run_dir = make_run_dir(config)
     with held(run_dir):
         write_config(config, run_dir)
-        table = resource_table(config, decisions.device, options.only)
-        print("\n".join([*start_lines(config), *decisions.notes, *table]))
-        return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups)
+        print(
+            "\n".join([*start_lines(config), *resource_table(config, decisions.device, options.only), *decisions.notes])
+        )
+        return launch(config, run_dir, decisions, resume=False, only=options.only, groups_dir=groups, link=link)
 
 
-def train_offline(options: argparse.Namespace, config: "Config", decisions: "Decisions") -> int:
+def train_offline(
+    options: argparse.Namespace, config: "Config", decisions: "Decisions", link: "Link | None" = None
+) -> int:
     """A new run on written responses."""
     from fastreason.config import batch_derivation
     from fastreason.launch import launch
@@ -91,7 +113,7 @@ def train_offline(options: argparse.Namespace, config: "Config", decisions: "Dec
         config, decisions = prepare_offline(config, run_dir, decisions)
         write_config(config, run_dir)
         print("\n".join([*batch_derivation(config), *resource_table(config, decisions.device)]))
-        return launch(config, run_dir, decisions, resume=False)
+        return launch(config, run_dir, decisions, resume=False, link=link)
 
 
 def written_groups(options: argparse.Namespace, config: "Config", done: int = 0) -> Path | None:
@@ -133,8 +155,8 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
     print(dump_config(config), end="")
     notes = [
         *start_lines(config),
-        *decisions.notes,
         *resource_table(config, decisions.device, only),
+        *decisions.notes,
         f"device: {decisions.device}, attention: {decisions.attention}, {config.model.dtype}",
     ]
     notes += [f"unchecked, because it may need the network: {item}" for item in unchecked]
@@ -142,7 +164,7 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
     return 0
 
 
-def resume_command(options: argparse.Namespace) -> int:
+def resume_command(options: argparse.Namespace, link: "Link | None" = None) -> int:
     from fastreason.run_folder import held
 
     if options.only == "rollout":
@@ -153,10 +175,10 @@ def resume_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return resume_run(options, run_dir)
     with held(run_dir):
-        return resume_run(options, run_dir)
+        return resume_run(options, run_dir, link)
 
 
-def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
+def resume_run(options: argparse.Namespace, run_dir: Path, link: "Link | None" = None) -> int:
     from fastreason.config import load_config
     from fastreason.launch import launch
     from fastreason.offline_data import resume_offline
@@ -177,7 +199,7 @@ def resume_run(options: argparse.Namespace, run_dir: Path) -> int:
     write_config(config, run_dir)
     print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")
     print("\n".join(resource_table(config, decisions.device, options.only)))
-    return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups)
+    return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups, link=link)
 
 
 def plan_command(options: argparse.Namespace) -> int:

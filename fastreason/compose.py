@@ -20,7 +20,7 @@ from fastreason.metrics import Progress
 from fastreason.patience import Patience
 from fastreason.processes import die_with_parent
 from fastreason.run_folder import share
-from fastreason.session import Outcome, Session, StopFlag, read_session, request_restart, write_outcome
+from fastreason.session import Outcome, Session, StopFlag, read_session, write_outcome
 from fastreason.trace import Trace
 
 
@@ -81,70 +81,11 @@ def load_tokenizer_of(folder: Path, config: Config) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
 
 
-def make_engine(session: Session, config: Config, on_event: Callable[[str, str], None]) -> Any:
-    """The client of the engine's server (vllm, fake) or of several, or the engine itself (hf), by name."""
-    if not session.engine_urls:
-        from fastreason.rollout.hf import HfEngine
-
-        return HfEngine(session.model_dir, config.model.dtype, session.device)
-    from fastreason.engines import engine_label
-    from fastreason.resources import KEY_VARIABLE
-    from fastreason.rollout.fleet import Fleet
-    from fastreason.rollout.vllm import VllmEngine
-
-    # The producer before this one has had their answers.
-    takes_over, number, remote = session.ready_file.exists(), len(session.engine_urls), bool(config.resources.urls)
-    several = number > 1 or remote
-    verify = verify_remote(session, config) if remote else None
-    clients = []
-    for index, url in enumerate(session.engine_urls):
-        label = engine_label(index, number)
-        clients.append(
-            VllmEngine(
-                url,
-                os.environ[KEY_VARIABLE],
-                config.rollout,
-                hang_timeout_s=config.run.hang_timeout_s,
-                on_hung=None if remote else partial(request_restart, session.folder, label),
-                on_event=partial(say_of_one, on_event, url) if several else on_event,
-                takes_over=takes_over,
-                spare=several,
-                log="see its log there" if remote else f"see logs/{label}.log in the run's folder",
-                key_hint=f": set {KEY_VARIABLE} to that of the server" if remote else "",
-                name=config.rollout.engine,
-                verify=verify,
-                resting=session.tenant_file.exists if session.sleeps else None,
-            )
-        )
-    return Fleet(list(clients), config.rollout.startup_timeout_s, takes_over) if several else clients[0]
-
-
-def verify_remote(session: Session, config: Config) -> Any:
-    """The look at a server elsewhere before it is used."""
-    import secrets
-
-    from fastreason.models import max_model_len, read_model_config
-    from fastreason.rollout.identity import PROBE_FILE, describe_model, make_verify
-
-    probe = Path(session.exchange_dir) / PROBE_FILE
-    probe.write_text(secrets.token_hex(8), encoding="utf-8")
-    mine = {
-        **describe_model(session.model_dir, session.model_dir),
-        "max_model_len": max_model_len(config, read_model_config(Path(session.model_dir))),
-        "dtype": config.model.dtype,
-    }
-    return make_verify(mine, probe)
-
-
-def say_of_one(on_event: Callable[[str, str], None], url: str, event: str, detail: str) -> None:
-    """Pass on what has happened to one of several engines, with its address."""
-    on_event(event, detail if url in detail else f"{url}: {detail}")
-
-
 def run_producer(session: Session, config: Config) -> Outcome:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.beats import Beat
     from fastreason.data import PromptCursor, load_problems, render_messages, render_token_ids, split_held_out
+    from fastreason.engine_clients import make_engine
     from fastreason.filtering import verdict
     from fastreason.rewards import check_prompts, resolve_rewards
     from fastreason.rollout.books import Books
@@ -269,6 +210,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
     from fastreason.device import prepare_device
     from fastreason.loop import Loop, Parts
     from fastreason.metrics import MetricsLog, SampleLog
+    from fastreason.models import attention_tokens
     from fastreason.policy import choose_layout, load_policy
     from fastreason.ranks import Ranks
     from fastreason.sync import save_model
@@ -302,6 +244,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         run_dir=run_dir,
         layout=choose_layout(config.train.share_prompts, session.attention, session.device),
         pad_token_id=policy.model.config.pad_token_id or 0,
+        attention_tokens=attention_tokens(policy.model.config),
         stop_requested=stop,
         resume_from=resume_from,
         target=load_target(session, config, algorithm, device, num_columns, updater),

@@ -25,6 +25,7 @@ def run_offline(session: Session, config: Config) -> Outcome:
 
     from fastreason.beats import Beat
     from fastreason.checkpoint import CheckpointStore
+    from fastreason.models import attention_tokens
     from fastreason.policy import load_policy
     from fastreason.ranks import Ranks
     from fastreason.sync import save_model
@@ -56,6 +57,7 @@ def run_offline(session: Session, config: Config) -> Outcome:
         checkpoints=store,
         layout=offline_layout(config, traces.report, session.attention, session.device),
         pad_token_id=policy.model.config.pad_token_id or 0,
+        attention_tokens=attention_tokens(policy.model.config),
         stop_requested=stop,
         resume_from=store.latest() if session.resume and store.complete() else None,
     )

@@ -198,6 +198,12 @@ def check_arithmetic(config: Config) -> None:
             "train.steps: missing, and there is no default (batches to train on). Add it to the file or pass train.steps=..."
             + (", or offline.epochs=..." if config.offline.objective else "")
         )
+    allowed = {"none": 0, "cpu": 1, "cpu_weights": 3}
+    if train.zero_stage < allowed[train.offload]:
+        raise ConfigError(
+            f"train.offload={train.offload} with train.zero_stage={train.zero_stage}: ZeRO can keep that in the CPU's memory "
+            f"from stage {allowed[train.offload]} on. Raise train.zero_stage, or use train.offload=none."
+        )
     if config.offline.objective is None:
         _check_online(config)
     if train.steps and train.warmup_steps > num_updates(config):

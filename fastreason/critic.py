@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastreason.body import response_states
 from fastreason.config import ModelConfig
 from fastreason.packing import MicroBatch
-from fastreason.policy import load_policy, response_states
+from fastreason.policy import load_policy
 from fastreason.ranks import Ranks
 from fastreason.update.updater import UpdateResult
 

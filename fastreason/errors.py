@@ -39,3 +39,7 @@ class InterruptedWaitError(FastreasonError):
 
 class PeerLostError(FastreasonError, ConnectionError):
     """Another process of the run ended or closed its connection."""
+
+
+class NodeError(FastreasonError, ConnectionError):
+    """Another machine of the run has failed, or is lost."""

@@ -17,11 +17,12 @@ from fastreason_kernels.gemm import product
 from fastreason_kernels.transform import IDENTITY, Transform
 from torch import Tensor, nn
 
+from fastreason.body import response_states
 from fastreason.config import ModelConfig
 from fastreason.errors import ModelError
 from fastreason.lora import adapter_off
 from fastreason.packing import MicroBatch
-from fastreason.policy import Policy, fused_loss, load_policy, policy_spec, response_states, score_batch
+from fastreason.policy import Policy, fused_loss, load_policy, policy_spec, score_batch
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 CHUNK_BYTES = 256 << 20  # of fp32 logits at a time, where a teacher's largest are looked for

@@ -24,6 +24,7 @@ from fastreason.cores import parse_cores
 from fastreason.errors import FastreasonError
 from fastreason.metrics import read_summary, write_summary
 from fastreason.models import edited_model, resolve_model
+from fastreason.nodes import Link, Place, free_port, heed
 from fastreason.preflight import Decisions
 from fastreason.processes import remove_segments, spawn
 from fastreason.resources import KEY_VARIABLE, SERVED
@@ -69,11 +70,13 @@ def launch(
     resume: bool,
     only: str | None = None,
     groups_dir: Path | None = None,
+    link: Link | None = None,
 ) -> int:
     """Run to the end and return the exit code: 0, or 128 + signal when asked to stop; raises what went wrong.
 
     `only` runs one phase alone: "rollout" writes groups, "train" trains on those written in `groups_dir`. However it ends,
-    no process, socket, exchange file or temporary folder of the run is left behind.
+    no process, socket, exchange file or temporary folder of the run is left behind. link: to the other machines of the run,
+    which are told what it is and start ranks of it (`follow.py`).
     """
     from fastreason.checkpoint import CheckpointStore
 
@@ -84,10 +87,11 @@ def launch(
     memory = MemoryWatch()
     memory.start()
     try:
-        with _display(config, run_dir), _folders(config, run_dir, decisions, resume, only, groups_dir) as session:
-            supervisor = Supervisor(config.run, session, request)
+        with _display(config, run_dir), folders(config, run_dir, decisions, resume, only, groups_dir) as session:
+            place = announce(link, session) if link is not None else None
+            supervisor = Supervisor(config.run, session, request, heed(link, request))
             try:
-                for part in _parts(config, session):
+                for part in _parts(config, session, place):
                     supervisor.start(part)
                 outcome = supervisor.watch()
             finally:
@@ -133,7 +137,7 @@ def _display(config: Config, run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folders(
+def folders(
     config: Config, run_dir: Path, decisions: Decisions, resume: bool, only: str | None, groups_dir: Path | None
 ) -> Iterator[Session]:
     """The session and the exchange folder of a run, removed with all that is in them; also those of killed runs.
@@ -180,8 +184,19 @@ def _folders(
         exchange.remove()
 
 
-def _parts(config: Config, session: Session) -> list[Part]:
-    """The processes of the run in the order of their start, the main one last; writes the session that they read."""
+def announce(link: Link, session: Session) -> Place:
+    """Tell the other machines which run it is, and where its ranks meet; returns this one's place among them."""
+    place = Place(0, link.node.num, link.node.address, free_port())
+    told = ("run_dir", "device", "attention", "liger", "resume", "only", "groups_dir")
+    link.announce({"port": place.port, **{name: getattr(session, name) for name in told}})
+    return place
+
+
+def _parts(config: Config, session: Session, place: Place | None = None) -> list[Part]:
+    """The processes of the run in the order of their start, the main one last; writes the session that they read.
+
+    place: of this machine among several.
+    """
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     producer_environment = dict(environment)
     parts: list[Part] = []
@@ -207,40 +222,63 @@ def _parts(config: Config, session: Session) -> list[Part]:
             parse_cores(config.rollout.cores, "rollout.cores") if config.rollout.cores and both else None,
         )
         parts.append(Part("producer", start, "producer", members=("producer",), lost_signs=PRODUCER_LOST))
-    name = "collector"
-    members: tuple[str, ...] = (name,)
-    command = _python("-m", "fastreason.cli", "_process", "collector")
-    if session.only != "rollout":
-        name, members = "trainer", tuple(f"trainer-{rank}" for rank in range(config.train.ranks))
-        command = trainer_command(config, Path(session.folder))
-        if session.device == "cpu":
-            environment |= {name: value for name, value in KEPT_MEMORY.items() if name not in os.environ}
-        if session.device == "cuda" and config.train.gpus:
-            gpus = parse_cores(config.train.gpus, "train.gpus")
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    if session.only == "rollout":
+        command = _python("-m", "fastreason.cli", "_process", "collector")
+        parts.append(_main_part(config, session, "collector", ("collector",), command, environment))
+    else:
+        parts.append(trainer_part(config, session, environment, place))
+    return parts
+
+
+def trainer_part(config: Config, session: Session, environment: dict[str, str], place: Place | None = None) -> Part:
+    """This machine's ranks."""
+    name = "trainer" if place is None or place.index == 0 else f"trainer-node{place.index}"
+    first = place.index * config.train.ranks if place is not None else 0
+    members = tuple(f"trainer-{first + rank}" for rank in range(config.train.ranks))
+    environment = dict(environment)
+    if session.device == "cpu":
+        environment |= {name: value for name, value in KEPT_MEMORY.items() if name not in os.environ}
+    if session.device == "cuda" and config.train.gpus:
+        gpus = parse_cores(config.train.gpus, "train.gpus")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    command = trainer_command(config, Path(session.folder), place)
+    return _main_part(config, session, name, members, command, environment)
+
+
+def _main_part(
+    config: Config,
+    session: Session,
+    name: str,
+    members: tuple[str, ...],
+    command: list[str],
+    environment: dict[str, str],
+) -> Part:
     cores = parse_cores(config.train.cores, "train.cores") if config.train.cores else None
     if cores and config.train.spare_cores:
         cores = sorted({*cores, *parse_cores(config.train.spare_cores, "train.spare_cores")})
         # A thread that waits for one whose core is taken must not keep that one's new core busy.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-    parts.append(Part(name, partial(spawn, name, command, _log(session, name), environment, cores), members=members))
-    return parts
+    return Part(name, partial(spawn, name, command, _log(session, name), environment, cores), members=members)
 
 
-def trainer_command(config: Config, folder: Path) -> list[str]:
+def trainer_command(config: Config, folder: Path, place: Place | None = None) -> list[str]:
     """The ranks under torch's elastic launcher, on a port of its own choice; a rank that dies ends the run.
 
-    It would leave a temporary folder behind; `folder` takes that.
+    It would leave a temporary folder behind; `folder` takes that. place: of this machine among several, whose ranks meet at the
+    first; the ranks of that one come first.
     """
+    if place is None:
+        meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        meeting = [f"--nnodes={place.num}", f"--node-rank={place.index}"]
+        meeting += [f"--master-addr={place.address}", f"--master-port={place.port}"]
     return _python(
         "-m",
         "torch.distributed.run",
         f"--nproc-per-node={config.train.ranks}",
         "--max-restarts=0",
         f"--log-dir={folder}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
+        *meeting,
         "-m",
         "fastreason.cli",
         "_process",

@@ -4,6 +4,7 @@ Runs on every rank; rank 0 alone talks to the producer and writes files. Synchro
 same code: the producer's staleness bound decides.
 """
 
+import math
 import resource
 import sys
 import time
@@ -78,7 +79,8 @@ class Totals:
 class Parts:
     """Everything that the loop uses; `rollouts`, `metrics` and `samples` exist on rank 0 only.
 
-    `target`, `critic` and `silent` are the training step's. `tenancy` is given where the engine sleeps while the ranks compute.
+    `target`, `critic`, `silent` and `attention_tokens` are the training step's. `tenancy` is given where the engine sleeps
+    while the ranks compute.
     """
 
     config: Config
@@ -101,6 +103,7 @@ class Parts:
     critic: Critic | None = None
     silent: frozenset[int] = frozenset()
     tenancy: Tenancy | None = None
+    attention_tokens: float = math.inf
 
 
 class Loop:
@@ -124,6 +127,7 @@ class Loop:
             parts.target,
             parts.critic,
             parts.silent,
+            parts.attention_tokens,
         )
 
     def run(self) -> bool:
@@ -310,6 +314,7 @@ def step_figures(seconds: dict[str, float], delivery: Delivery, figures: dict[st
     """The seconds and rates of a step, and what the producer counted."""
     return {
         **{f"time/{name}_s": value for name, value in seconds.items()},
+        "time/rank_wait_s": rank_wait_s(seconds["train"], figures["train/imbalance"]),
         "time/generate_s": delivery.generate_s,
         "time/grade_s": delivery.grade_s,
         # Replayed groups took no time.
@@ -318,6 +323,11 @@ def step_figures(seconds: dict[str, float], delivery: Delivery, figures: dict[st
         **delivery.figures,
         "memory/peak_gib": peak_memory_gib(),
     }
+
+
+def rank_wait_s(train_s: float, imbalance: float) -> float:
+    """Seconds of an update that a rank waits for the slowest, in the mean over ranks, where its time goes with its cost."""
+    return train_s * (1 - 1 / imbalance)
 
 
 def peak_memory_gib() -> float:

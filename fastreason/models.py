@@ -6,6 +6,7 @@ Checks here read `config.json` at most; nothing is downloaded unless the config 
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -265,3 +266,12 @@ def convert_gguf(file: str, target: str) -> None:
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def attention_tokens(config: Any) -> float:
+    """Tokens of a line whose causal attention costs as much as the other products of its layers; config: transformers' own.
+
+    Of a layer of width D, the matrices are about 12 D^2 elements, used once a token; queries meet keys and weights meet values
+    on L / 2 tokens in the mean, which is L D. So L = 12 D.
+    """
+    return 12.0 * float(getattr(config, "hidden_size", math.inf))

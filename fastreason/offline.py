@@ -4,6 +4,7 @@ Runs on every rank; rank 0 alone writes. The batch of a step is a function of th
 but the updater's state and the number of steps done.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,11 @@ import numpy as np
 from fastreason.checkpoint import CheckpointStore, TrainerState
 from fastreason.config import Config
 from fastreason.data.traces import Trace, TraceOrder
-from fastreason.loop import peak_memory_gib
+from fastreason.loop import peak_memory_gib, rank_wait_s
 from fastreason.metrics import MetricsLog, Progress
 from fastreason.objectives import Objective
 from fastreason.packing import Layout, MicroBatch, Row, micro_batches_of
-from fastreason.ranks import Ranks
+from fastreason.ranks import Ranks, imbalance
 from fastreason.trace import Trace as Timeline
 from fastreason.update.updater import Updater
 
@@ -70,6 +71,7 @@ class OfflineParts:
     reference: np.ndarray | None = None
     metrics: MetricsLog | None = None
     progress: Progress | None = None
+    attention_tokens: float = math.inf
     trace: Timeline = field(default_factory=lambda: Timeline(None, "trainer"))
 
 
@@ -115,6 +117,7 @@ class OfflineLoop:
         self.totals.first = self.totals.first or {
             key: value for key, value in figures.items() if key.startswith("logp/") and not key.endswith("_change")
         }
+        ratio = imbalance(parts.ranks, sum(batch.cost for batch in batches))
         (computed,) = parts.ranks.sum([float(sum(batch.num_tokens for batch in batches))])
         tokens = float(sum(len(row) for row in rows))
         self.totals.train_wall_s += ended - started
@@ -129,10 +132,12 @@ class OfflineLoop:
             "train/tokens": tokens,
             "train/tokens_in_loss": float(sum(row.num_trained for row in rows)),
             "train/tokens_computed": computed,
+            "train/imbalance": ratio,
             "train/tok_per_s": tokens / (ended - started),
             "time/step_s": ended - started,
             "time/data_s": prepared - started,
             "time/train_s": ended - prepared,
+            "time/rank_wait_s": rank_wait_s(ended - prepared, ratio),
             "time/wall_s": self.totals.train_wall_s,
             "memory/peak_gib": peak_memory_gib(),
         }
@@ -144,7 +149,9 @@ class OfflineLoop:
     def _micro_batches(self, rows: list[Row]) -> list[MicroBatch]:
         parts, ranks = self.parts, self.parts.ranks
         budget, pairs = parts.config.train.micro_batch_tokens, parts.objective.coupled
-        return micro_batches_of(rows, parts.layout, budget, ranks.rank, ranks.num, parts.pad_token_id, pairs)
+        return micro_batches_of(
+            rows, parts.layout, budget, ranks.rank, ranks.num, parts.pad_token_id, pairs, parts.attention_tokens
+        )
 
     def _save(self) -> None:
         parts = self.parts

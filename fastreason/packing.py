@@ -4,12 +4,13 @@ A row is one prompt with one response. A unit is what is never divided among mic
 layout all rows of one prompt, or the two rows of a pair. In the shared layout a unit is one line, else each row is one.
 Three layouts, the same loss:
 
-    padded   units side by side, right padding, so that a causal model needs no mask
+    padded   units side by side, right padding, so that a causal model needs no mask (and only attention sees it: body.py)
     packed   one long line, for attention that reads from the position ids where a row begins (flash-attn)
     shared   a prompt once, its responses after it, each seeing the prompt and itself (a mask per line); the prompt's
              hidden states do not depend on what follows, so nothing but rounding changes
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -81,7 +82,8 @@ class Divergence(Protocol):
 class MicroBatch:
     """Tensors of one forward. L is the line's length; N the trained response tokens of all rows, in row order.
 
-    input_ids_BL, position_ids_BL: int64. mask_B1LL: bool, True where a query may look, or None for causal.
+    input_ids_BL, position_ids_BL: int64. real_T: int64, the positions in the flattened [B * L] that are no padding, T being
+    num_tokens. mask_B1LL: bool, True where a query may look, or None for causal.
     head_index_N: int64, the position in the flattened [B * L] whose hidden state predicts response token n.
     ids_N: int64. sampler_logp_N, advantages_N, token_weight_N: fp32. sequence_N: int64, the row that a token belongs to.
     index_B: int64, `Row.index` of each row. behaviour_logp_N: fp32, what the ratio divides by; None means the current
@@ -89,11 +91,12 @@ class MicroBatch:
     0 or 1, which tokens that term acts on; None: all. divergence: a KL that needs the whole vocabulary, in the loss.
     values_N, returns_N: fp32, what a critic said before the step, and what it is to learn. weight_B: fp32, `Row.token_weight`
     of each row. ref_sum_B: fp64, `Row.ref_logp` of each row, None where one has none. is_filler: only there because other
-    ranks have more micro-batches.
+    ranks have more micro-batches. cost: of its units, `unit_cost`; 0 of a filler.
     """
 
     input_ids_BL: Tensor
     position_ids_BL: Tensor
+    real_T: Tensor
     head_index_N: Tensor
     ids_N: Tensor
     sampler_logp_N: Tensor
@@ -113,6 +116,7 @@ class MicroBatch:
     weight_B: Tensor | None = None
     ref_sum_B: Tensor | None = None
     is_filler: bool = False
+    cost: float = 0.0
 
     def sequence_sums(self, values_N: Tensor) -> Tensor:
         """[N] -> [num_rows] fp64: the sum over each row's response tokens."""
@@ -185,14 +189,22 @@ def loss_denominator(
     return float(max(1, count))
 
 
-def split_balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Indices of `lengths` in `num_shares` shares of nearly equal total length, longest first to the lightest share."""
+def unit_cost(lengths: Sequence[int], attention_tokens: float) -> float:
+    """What a unit of lines of so many tokens costs, in tokens of a short line: sum of L (1 + L / attention_tokens).
+
+    attention_tokens: the length at which a line's attention, which grows with its square, costs as much as all else.
+    """
+    return sum(length * (1 + length / attention_tokens) for length in lengths)
+
+
+def split_balanced(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Indices of `costs` in `num_shares` shares of nearly equal totals, the greatest first to the lightest share."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
-    totals = [0] * num_shares
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    totals = [0.0] * num_shares
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         lightest = min(range(num_shares), key=lambda s: (totals[s], len(shares[s]), s))
         shares[lightest].append(index)
-        totals[lightest] += lengths[index]
+        totals[lightest] += costs[index]
     return shares
 
 
@@ -230,23 +242,29 @@ def micro_batches_of(
     num_ranks: int = 1,
     pad_token_id: int = 0,
     pairs: bool = False,
+    attention_tokens: float = math.inf,
 ) -> list[MicroBatch]:
     """One rank's micro-batches of an update's rows, at most `budget` tokens each where a unit does not need more.
 
-    Every rank makes equally many, as ZeRO's collectives need: those without enough add fillers, whose rows weigh nothing.
-    Nothing without rows. pairs: as in `units_of`.
+    The ranks' shares are balanced by `unit_cost`. Every rank makes equally many micro-batches, as ZeRO's collectives need:
+    those without enough add fillers, whose rows weigh nothing. Nothing without rows. pairs: as in `units_of`.
     """
     units = units_of(rows, layout, pairs)
     lines = [[unit_length(line) for line in unit_lines(unit, layout)] for unit in units]
-    shares = split_balanced([sum(lengths) for lengths in lines], num_ranks)
+    costs = [unit_cost(lengths, attention_tokens) for lengths in lines]
+    shares = split_balanced(costs, num_ranks)
     plans = []
     for share in shares:
         lengths = [sum(lines[i]) if layout == "packed" else max(lines[i]) for i in share]
         plans.append(plan_micro_batches(lengths, budget, layout, [len(lines[i]) for i in share]))
     share, plan = shares[rank], plans[rank]
-    batches = [collate([units[share[i]] for i in part], layout, pad_token_id) for part in plan]
+    batches = [
+        replace(collate([units[share[i]] for i in part], layout, pad_token_id), cost=sum(costs[share[i]] for i in part))
+        for part in plan
+    ]
     while len(batches) < max(map(len, plans)):
-        filler = [replace(row, advantage=0.0, token_weight=0.0) for row in units[0][: 1 + pairs]]
+        cheapest = min(range(len(units)), key=costs.__getitem__)
+        filler = [replace(row, advantage=0.0, token_weight=0.0) for row in units[cheapest][: 1 + pairs]]
         batches.append(replace(collate([filler], layout, pad_token_id), is_filler=True))
     return batches
 
@@ -290,12 +308,13 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
     input_ids_BL = torch.full((height, width), pad_token_id, dtype=torch.int64)
     position_ids_BL = torch.arange(width).repeat(height, 1)
     mask_B1LL = torch.zeros(height, 1, width, width, dtype=torch.bool) if layout == "shared" else None
-    head_index = []
+    head_index, real = [], []
     start = 0
     for number, unit in enumerate(units):
         line, first = (0, start) if layout == "packed" else (number, 0)
         start += lengths[number]
         prompt, end = unit[0].prompt, first
+        real.append(torch.arange(lengths[number]) + line * width + first)
         _write(input_ids_BL, position_ids_BL, line, end, prompt, 0)
         end += len(prompt)
         for row in unit:
@@ -317,6 +336,7 @@ def collate(units: Sequence[Sequence[Row]], layout: Layout, pad_token_id: int = 
     return MicroBatch(
         input_ids_BL=input_ids_BL,
         position_ids_BL=position_ids_BL,
+        real_T=torch.cat(real),
         mask_B1LL=mask_B1LL,
         head_index_N=torch.cat(head_index),
         ids_N=torch.cat([_kept(torch.tensor(row.response), row) for row in rows]),

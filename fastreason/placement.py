@@ -41,20 +41,21 @@ def trainer_gpus(config: Config) -> list[int]:
 def place(config: Config, device: str) -> Placement:
     """The placement of a run that generates; raises ConfigError for one that cannot work.
 
-    auto is remote where there are `resources.urls`, colocated where engine and trainer share a GPU, else split; on a CPU there
-    is nothing to share but cores.
+    auto is remote with URLs, colocated where engine and trainer share a GPU, else split; on a CPU there is nothing to share but
+    cores.
     """
-    wanted, on_gpu, urls = config.resources.mode, device == "cuda", config.resources.urls
-    if urls and wanted in ("auto", "remote"):
-        _refuse_sleep(config, "engines that run elsewhere have their GPUs for themselves")
+    wanted, on_gpu = config.resources.mode, device == "cuda"
+    if config.resources.urls:
+        if wanted not in ("auto", "remote"):
+            raise ConfigError(
+                f"resources.mode={wanted}: resources.urls names engines elsewhere. Use auto or remote, or leave the URLs out."
+            )
+        _refuse_sleep(config, "engines elsewhere share no memory with the trainer")
         return Placement("remote")
-    if urls:
-        raise ConfigError(
-            f"resources.mode={wanted}: resources.urls has engines that run elsewhere. Use auto, or leave the addresses out."
-        )
     if wanted == "remote":
         raise ConfigError(
-            "resources.mode=remote: resources.urls is empty. Give the engines' addresses, or use auto, split or colocated."
+            "resources.mode=remote: the engines' addresses are missing. Name them, resources.urls=[http://node1:8000], or use "
+            "auto, split or colocated."
         )
     shared = sorted(set(engine_gpus(config)) & set(trainer_gpus(config))) if on_gpu else []
     if wanted == "split" and shared:

@@ -17,9 +17,10 @@ from fastreason_kernels.transform import IDENTITY, Transform
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fastreason.body import enable_unpadded, response_states
 from fastreason.config import LoraConfig, ModelConfig
 from fastreason.errors import ConfigError, ModelError
-from fastreason.families import attention_of, check_head, head_transform, layer_masks
+from fastreason.families import attention_of, check_head, head_transform
 from fastreason.lora import add_adapter, split_head
 from fastreason.losses.preference import PairSpec, pair_loss
 from fastreason.packing import Layout, MicroBatch
@@ -218,33 +219,6 @@ class Policy(nn.Module):
         return response_states(self.model, batch)
 
 
-def response_states(model: Any, batch: MicroBatch) -> Tensor:
-    """[N, D] of a transformers causal LM: the last hidden states that predict the response tokens of a micro-batch."""
-    hidden_BLD = model.base_model(
-        input_ids=batch.input_ids_BL,
-        position_ids=batch.position_ids_BL,
-        attention_mask=_attention_mask(model, batch),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden_BLD.flatten(0, 1).index_select(0, batch.head_index_N)
-
-
-def _attention_mask(model: Any, batch: MicroBatch) -> Tensor | dict[str, Tensor] | None:
-    if batch.mask_B1LL is None:
-        return None
-    masks = layer_masks(model.config, batch.mask_B1LL, batch.position_ids_BL)
-    # sdpa takes a bool mask; eager attention adds the mask to the scores, and would add True as 1.
-    if model.config._attn_implementation != "eager":
-        return masks
-    if isinstance(masks, dict):
-        return {kind: _added(mask_B1LL, model.dtype) for kind, mask_B1LL in masks.items()}
-    return _added(masks, model.dtype)
-
-
-def _added(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
-
-
 def choose_attention(wanted: str, device: str, flash_attn_installed: bool, line_tokens: int) -> str:
     """auto: flash-attn where it can be imported and the device is a GPU, else sdpa; an explicit wish is met or refused.
 
@@ -351,6 +325,8 @@ def load_policy(
     if dropped:
         log.info("%s is trained without its dropout: %s", folder, ", ".join(dropped))
     check_head(model.to(device), transform, folder)
+    if not enable_unpadded(model):
+        log.info("%s: padding goes through all of its layers", folder)
     if liger:
         apply_liger(model)
     if lora is not None and lora.rank is not None:

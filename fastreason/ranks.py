@@ -50,6 +50,12 @@ class Ranks:
             dist.barrier()
 
 
+def imbalance(ranks: Ranks, cost: float) -> float:
+    """max / mean of the ranks' costs: 1 where all have the same, or nothing, to do."""
+    (total,), (most,) = ranks.sum([cost]), ranks.max([cost])
+    return most * ranks.num / total if total else 1.0
+
+
 def explain_timeout(error: BaseException) -> str | None:
     """In words, where `error` is a collective that waited too long for another rank; else None."""
     text = str(error)

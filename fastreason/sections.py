@@ -202,7 +202,7 @@ class RolloutConfig(Section):
 class ResourcesConfig(Section):
     mode: Literal["auto", "split", "colocated", "remote"] = Field(
         default="auto",
-        description="GPUs of their own, the same, or elsewhere; auto: remote with urls, colocated if they share one, or split",
+        description="engine and trainer on GPUs of their own, on the same, or engines elsewhere; auto: as GPUs and urls say",
     )
     sleep: Switch = Field(
         "auto",
@@ -408,8 +408,11 @@ class TrainConfig(Section):
         description="leave out sequences without any gradient: the loss stays the same, the loss/* figures leave them out too",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
-    offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps the optimizer")
-    ranks: int = Field(1, ge=1, description="trainer processes on this machine")
+    offload: Literal["none", "cpu", "cpu_weights"] = Field(
+        "none",
+        description="what ZeRO keeps in the CPU's memory: the optimizer and its masters; cpu_weights: stage 3's weights too",
+    )
+    ranks: int = Field(1, ge=1, description="trainer processes on this machine, and on each of several")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0: the cores divided by the ranks")
     cores: NumberList | None = Field(None, description="CPU cores of the trainer, e.g. '1'; null: all")
     spare_cores: NumberList | None = Field(

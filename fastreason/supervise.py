@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from fastreason.beats import BeatWatch, forget_beat
 from fastreason.config import RunConfig
-from fastreason.errors import EngineError, FastreasonError, StuckError
+from fastreason.errors import EngineError, FastreasonError, NodeError, StuckError
 from fastreason.metrics import read_progress
 from fastreason.patience import Patience
 from fastreason.processes import Child, tail
@@ -26,6 +26,7 @@ from fastreason.session import Outcome, Session, read_outcome, take_restart_requ
 
 TICK_S = 0.1
 LOOK_S = 1.0  # between two looks at beats and at the memory that the processes share
+LAST_WORDS_S = 5.0  # a main part whose fellow elsewhere has failed may have its own reason to tell
 AT_ITS_END_S = 3.0  # a process that ends so shortly before the main one was no cause of its end
 
 
@@ -53,7 +54,7 @@ class Part:
     `key` names it in requests and in counts of restarts, and None is one that is never started again; `members` are the
     names of its beats and outcomes; `explain_end` says from its log why it ended; `lost_signs` are what another process
     says that lost it; `kind` is shared by parts that stand in for each other, so that one that may not be started again ends
-    the run only where it was the last of them. While one is `resting` nobody needs it, and where it stood another has its
+    the run only where it was the last of them. While it is `resting` nobody needs it, and where it stood another has its
     memory: whatever is wrong with it then is seen to afterwards.
     """
 
@@ -83,11 +84,15 @@ class _Watched:
 
 @dataclass
 class Supervisor:
-    """The processes of one run, in the order of their start; the end of the last, the main one, is the end of the run."""
+    """The processes of one run, in the order of their start; the end of the last, the main one, is the end of the run.
+
+    hear: called every second, for what other machines say; raises NodeError where the run cannot go on.
+    """
 
     config: RunConfig
     session: Session
     request: StopRequest
+    hear: Callable[[], None] = lambda: None
     _watched: list[_Watched] = field(default_factory=list)
     _step: int = 0
     _looked: Patience = field(default_factory=lambda: Patience(LOOK_S))
@@ -105,7 +110,8 @@ class Supervisor:
         main, asked = self._watched[-1], None
         while main.child.exit_code is None:
             time.sleep(TICK_S)
-            self._look()
+            if self._look():
+                self._hear(main)
             if self.request.number is not None and asked is None:
                 asked = Patience(self.config.timeout_s)
                 self.session.stop_file.touch()
@@ -135,16 +141,29 @@ class Supervisor:
         limit_s = self.config.hang_timeout_s
         return {name: BeatWatch(self.session.folder, name, limit_s) for name in part.members}
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Whether it was time to look at what changes slowly."""
         self._looked.look()
-        if self._looked.exhausted:
-            self._looked.renew()
-            for watched in self._watched:
-                watched.child.note_family()
-            segments = sorted(str(path) for watched in self._watched for path in watched.child.segments)
-            self.session.segments_file.write_text("\n".join(segments))
-            progress = read_progress(self.session.run_dir)
-            self._step = max(self._step, progress.step if progress is not None else 0)
+        if not self._looked.exhausted:
+            return False
+        self._looked.renew()
+        for watched in self._watched:
+            watched.child.note_family()
+        segments = sorted(str(path) for watched in self._watched for path in watched.child.segments)
+        self.session.segments_file.write_text("\n".join(segments))
+        progress = read_progress(self.session.run_dir)
+        self._step = max(self._step, progress.step if progress is not None else 0)
+        return True
+
+    def _hear(self, main: _Watched) -> None:
+        """Hear of other machines; where one has failed, the reason may be here: what the main part has to say goes first."""
+        try:
+            self.hear()
+        except NodeError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                main.child.process.wait(timeout=LAST_WORDS_S)
+                self._explain_main(main, asked=False)
+            raise
 
     def _keep_alive(self, watched: _Watched) -> None:
         """Start the part again where it died, hangs or is asked to be started again; raises where that is not allowed."""
@@ -269,9 +288,9 @@ class Supervisor:
         killed = killed_rank(main.child.log_path, main.child.log_start)
         if killed is None or killed[0] >= len(outcomes) or outcomes[killed[0]] is not None:
             return
-        rank, number = killed
+        rank, number = _in_words(main.part.members[killed[0]]), killed[1]
         raise FastreasonError(
-            f"trainer rank {rank} was ended by signal {number} ({signal.Signals(number).name}){_memory_hint(-number)}; the "
+            f"{rank} was ended by signal {number} ({signal.Signals(number).name}){_memory_hint(-number)}; the "
             f"end of the log:\n{tail(main.child.log_path)}\nfull log: {main.child.log_path}"
         )
 

@@ -1,5 +1,6 @@
 """One training step: from graded groups to optimizer updates. Advantages, packing, micro-batches, figures; no I/O, no clock."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +18,7 @@ from fastreason.filtering import overshoot, verdict
 from fastreason.frozen import FrozenModel, HeadDivergence
 from fastreason.kl import CoefficientState
 from fastreason.packing import Layout, MicroBatch, Row, loss_denominator, makes_row, micro_batches_of, rows_of
-from fastreason.ranks import Ranks
+from fastreason.ranks import Ranks, imbalance
 from fastreason.types import Group
 from fastreason.update.updater import Updater, UpdateResult
 
@@ -40,7 +41,7 @@ class TrainingStep:
 
     target: the model that KL terms and pairs compare with, where it is in the trainer. silent: token ids on which a KL term
     does not act (ends of responses that policy and teacher write differently). coefficients: the adaptive ones, of the step
-    to come; part of a checkpoint.
+    to come; part of a checkpoint. attention_tokens: of the model, as in `packing.unit_cost`.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class TrainingStep:
     target: FrozenModel | None = None
     critic: Critic | None = None
     silent: frozenset[int] = frozenset()
+    attention_tokens: float = math.inf
     coefficients: CoefficientState = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class TrainingStep:
         return figures | {
             "train/tokens": float(sum(len(row) for plan in plans for row in plan.rows)),
             "train/tokens_computed": computed,
+            "train/imbalance": imbalance(self.ranks, sum(batch.cost for batch in batches)),
         }
 
     def _prepare(self, groups: list[Group], spec: PolicyLossSpec, coef: float) -> list[Plan]:
@@ -298,8 +301,10 @@ class TrainingStep:
         if train.skip_zero_advantage and self.algorithm.zero_advantage_is_zero_gradient and known:
             # The denominator counts them all the same. One row stays where none has a gradient; no pairs are no update.
             rows = [row for row in rows if row.advantage] or rows[: 0 if pairs else 1]
-        budget = train.micro_batch_tokens
-        return micro_batches_of(rows, self.layout, budget, self.ranks.rank, self.ranks.num, self.pad_token_id)
+        budget, ranks = train.micro_batch_tokens, self.ranks
+        return micro_batches_of(
+            rows, self.layout, budget, ranks.rank, ranks.num, self.pad_token_id, attention_tokens=self.attention_tokens
+        )
 
 
 def update_figures(results: list[UpdateResult]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def setup_of(config: Config, device: Device, ranks: int, work: Workload) -> Trai
         zero_stage=config.train.zero_stage,
         itemsize=device.itemsize,
         checkpointing=config.model.gradient_checkpointing,
-        offload=config.train.offload == "cpu",
+        offload=config.train.offload != "none",
         fused=not device.is_cpu and config.model.liger != "off",
         scores=round(work.line) if device.is_cpu and work.line <= SHORT_LINE else 0,
         on_gpu=not device.is_cpu,

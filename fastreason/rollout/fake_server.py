@@ -34,17 +34,17 @@ MEMORY = ("weights", "kv_cache")
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What the process is started with: the tokens to draw from, the end token, the longest sequence, seconds a token.
 
-    tenant_file: there while another has the device, None where it is not shared in turn.
-    `model_dir` and `dtype` are what it says of itself to runs elsewhere.
+    `model_dir` and `dtype` are what it says of itself to runs elsewhere. tenant_file: there while another has the device, None
+    where it is not shared in turn.
     """
 
     token_ids: list[int]
     eos_token_id: int
     max_model_len: int
     token_s: float
-    tenant_file: str | None = None
     model_dir: str = ""
     dtype: str = ""
+    tenant_file: str | None = None
 
 
 def read_tokens(model_dir: str) -> tuple[list[int], int]:
@@ -88,9 +88,9 @@ def make_server(
         eos_token_id=eos,
         max_model_len=max_model_len,
         token_s=config.rollout.fake_token_s,
-        tenant_file=str(tenant_file) if tenant_file is not None else None,
         model_dir=model_dir,
         dtype=config.model.dtype,
+        tenant_file=str(tenant_file) if tenant_file is not None else None,
     )
     path = Path(temporary_dir or exchange_dir) / SETUP_FILE
     path.write_bytes(msgspec.json.encode(setup))

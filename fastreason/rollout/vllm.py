@@ -63,8 +63,8 @@ def make_server(
         "max_model_len": max_model_len,
         "seed": config.run.seed,
         "device": device,
-        "sleeps": tenant_file is not None,
         "host": where.get("host", LOOPBACK),
+        "sleeps": tenant_file is not None,
     }
     return EngineServer(
         "vLLM server",
@@ -138,10 +138,10 @@ class VllmEngine:
             on_hung=on_hung,
             on_event=on_event,
             takes_over=takes_over,
-            resting=resting or (lambda: False),
             spare=spare,
             log=log,
             key_hint=key_hint,
+            resting=resting or (lambda: False),
         )
 
     @property

@@ -37,8 +37,8 @@ def server_command(
     max_model_len: int,
     seed: int,
     device: str,
-    sleeps: bool = False,
     host: str = LOOPBACK,
+    sleeps: bool = False,
 ) -> list[str]:
     """The command line of one server; holds no secret. sleeps: it can give up its memory (on a GPU)."""
     assert dtype != "auto", "vLLM's own auto is the dtype of the model's files, not the run's"

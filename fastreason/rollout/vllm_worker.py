@@ -21,8 +21,9 @@ class WeightWorker:
 
     model_runner: Any
     model_config: Any
-    # Checksum of the weights loaded last, None for those of the start, else what is amiss.
-    fastreason_held: str | None = None
+    fastreason_held: str | None = (
+        None  # checksum of the weights loaded last, None for those of the start; or what is amiss
+    )
     fastreason_watching: "Watch | None" = None
     fastreason_ahead: "tuple[str, Future[tuple[dict[str, torch.Tensor], Digest]]] | None" = None
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ from fastreason.losses.preference import PairSpec
 from fastreason.packing import MicroBatch
 from fastreason.policy import LossSpec, policy_spec, score_batch
 from fastreason.update.dither import dither_, spread
+from fastreason.update.layouts import MASTERS, layout_of, read_saved, saved_layout, write_into
 from fastreason.update.schedule import learning_rate
 from fastreason.update.updater import UpdateResult
 
 log = logging.getLogger(__name__)
 
+TAG = "state"  # the folder of DeepSpeed's files in a checkpoint's
 MAX_BUCKET = 200_000_000  # elements per reduction
-# Where DeepSpeed's optimizers keep this rank's flat fp32 weights: bf16 at stage 1, stages 1 and 2, stage 3.
-MASTERS = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 GATHER_BYTES = 512 << 20  # ZeRO-3: weights are gathered in buckets of about this size
 
 
@@ -72,8 +73,10 @@ def deepspeed_config(
         config["bf16"] = {"enabled": True}
         # Summing micro-batches in bf16 loses what is smaller than 1/256 of the sum.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if train.offload == "cpu" and stage:
+    if train.offload != "none":
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        if train.offload == "cpu_weights":
+            config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False
     return config
 
@@ -180,17 +183,34 @@ class Trained:
         # What rests is not saved: it is in the model's folder.
         self.engine.save_checkpoint(
             str(folder),
-            tag="state",
+            tag=TAG,
             client_state={"num_done": self.num_done},
             save_latest=False,
             exclude_frozen_parameters=self._in_part,
         )
 
     def load(self, folder: Path) -> None:
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=not self._in_part)
+        layout, there = layout_of(self.engine.config, self.num_ranks), saved_layout(folder / TAG)[0]
+        if layout != there:
+            log.info("reading a checkpoint of %s into %s", there, layout)
+            self._load_other(folder / TAG)
+            return
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not self._in_part)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
         self.num_done = client_state["num_done"]
+
+    def _load_other(self, folder: Path) -> None:
+        """Go on from a checkpoint of another number of ranks, ZeRO stage or precision."""
+        module = self.engine.module
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        order = [names[id(p)] for group in decay_groups(module, 0.0) for p in group["params"]]
+        saved = read_saved(folder, order)
+        gather = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+        write_into(saved, module, self.optimizer, self.rank, gather)
+        self.num_done = saved.model_state["num_done"]
+        self.engine.global_steps = saved.model_state["global_steps"]
+        self.engine.skipped_steps = saved.model_state["skipped_steps"]
 
 
 class DeepSpeedUpdater(Trained):

@@ -120,6 +120,7 @@ class TrainRun:
         (folder / "user_reward_of_the_test.py").write_text(USER_REWARD)
         self.environment: dict[str, str] = {}
         self.prefix: list[str] = []  # before the command
+        self.command = [str(Path(sysconfig.get_path("scripts")) / "fastreason"), "train"]
         self.process: subprocess.Popen[str] | None = None
         self.output = ""
         self._traces: set[str] = set()
@@ -127,11 +128,10 @@ class TrainRun:
         self._looked = 0.0
 
     def start(self, *arguments: str, resume: Path | None = None) -> None:
-        script = Path(sysconfig.get_path("scripts")) / "fastreason"
         given = ["--resume", str(resume)] if resume else [str(self.config_path)]
         self._log = open(self.folder / f"out-{uuid.uuid4().hex[:6]}.txt", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*self.prefix, str(script), "train", *given, *arguments],
+            [*self.prefix, *self.command, *given, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

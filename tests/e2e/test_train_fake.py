@@ -30,6 +30,7 @@ METRICS = {
     "mismatch/ratio_min", "mismatch/ratio_max", "mismatch/ess", "mismatch/sequence_ess", "mismatch/weight_mean",
     "mismatch/weight_capped_share", "train/grad_norm", "train/lr", "train/updates", "train/skipped_updates",
     "train/empty_updates", "train/masked_rows", "train/filtered_groups", "train/tokens", "train/tokens_computed",
+    "train/imbalance", "time/rank_wait_s",
     "train/tok_per_s", "reward/mean", "reward/std", "reward/accuracy", "reward/timeouts", "rollout/tokens",
     "rollout/response_tokens_mean", "rollout/truncated_share", "rollout/signal_share", "rollout/staleness_mean",
     "rollout/staleness_max", "rollout/tok_per_s", "staleness/share_0", "staleness/tokens_mean",
@@ -155,7 +156,8 @@ def test_two_ranks_with_a_double_buffer_and_zero_3_on_cores_of_their_own_tell_no
         checkpoint={"every": 4},
         log={"trace": True},
     )
-    run.environment |= secret_search.USER_KEYS
+    # Slow enough that all of its processes are seen at once on a busy machine.
+    run.environment |= {**secret_search.USER_KEYS, "TEST_REWARD_SLEEP_S": "0.1"}
     run.start()
     words = ("fake_server",), ("_process", "producer"), ("run_grader",), ("-u", "_process", "trainer")
     run.until(

@@ -43,6 +43,7 @@ ALLOWED = {
     "patience": set(),
     "placement": FOUNDATION | {"resources"},
     "tenancy": {"ranks"},
+    "nodes": {"errors", "patience"},
     "beats": {"patience"},
     "figures": MEANING,
     "alerts": FOUNDATION,
@@ -60,28 +61,42 @@ ALLOWED = {
     "data": MEANING,
     "families": FOUNDATION,
     "lora": MEANING,
-    "policy": MEANING | {"families", "lora"},
+    "body": MEANING | {"families"},
+    "policy": MEANING | {"families", "lora", "body"},
     "checkpoint": FOUNDATION | PLUMBING,
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
     "plan": FOUNDATION | {"metrics", "models", "preflight", "placement"},
     "credit": MEANING | PLUMBING,
-    "frozen": MEANING | PLUMBING | {"policy", "lora"},
-    "critic": MEANING | PLUMBING | {"policy", "update"},
+    "frozen": MEANING | PLUMBING | {"policy", "lora", "body"},
+    "critic": MEANING | PLUMBING | {"policy", "update", "body"},
     "update": MEANING | PLUMBING | {"policy", "critic", "lora"},
     "sync": MEANING | PLUMBING | {"policy"},
     "objectives": MEANING | {"policy"},
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
     **dict.fromkeys(
-        ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "serve"), EVERYTHING
+        ("cli", "preflight", "launch", "supervise", "compose", "companions", "engines", "engine_clients", "serve"),
+        EVERYTHING,
     ),
-    **dict.fromkeys(("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume"), EVERYTHING),
+    **dict.fromkeys(
+        ("serving", "distill", "evaluation", "compose_offline", "offline_data", "resume", "follow"), EVERYTHING
+    ),
 }
 # Engines and updaters are chosen by the composition root; everybody else sees their Protocols.
 CONCRETE = {"rollout.vllm", "rollout.vllm_worker", "rollout.hf", "rollout.fake", "update.deepspeed"}
-CHOOSERS = {"cli", "preflight", "launch", "compose", "compose_offline", "companions", "serving", "engines"}
+CHOOSERS = {
+    "cli",
+    "preflight",
+    "launch",
+    "compose",
+    "compose_offline",
+    "companions",
+    "serving",
+    "engines",
+    "engine_clients",
+}
 # Other people's packages: None where anything goes.
 PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"}
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}

@@ -297,3 +297,19 @@ def test_a_switch_may_be_written_without_quotes(tmp_path, text, value):
     path.write_text("model: {path: x}\ndata: {task: chain_sum}\ntrain: {steps: 1, prompts_per_step: 1}\n")
     assert load_config(path, [f"train.share_prompts={text}"]).train.share_prompts == value
     assert load_config(path, [f"model.liger={text}"]).model.liger == value
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "least"),
+    [(0, "cpu", 1), (0, "cpu_weights", 3), (2, "cpu_weights", 3), (1, "cpu", None), (3, "cpu_weights", None)],
+)
+def test_what_zero_cannot_keep_on_the_host_is_refused(stage, offload, least):
+    raw = {"model": {"path": "m"}, "data": {"task": "chain_sum"}}
+    raw["train"] = {"steps": 1, "prompts_per_step": 1, "zero_stage": stage, "offload": offload}
+    if least is None:
+        assert parse_config(raw).train.offload == offload
+        return
+    with pytest.raises(
+        ConfigError, match=rf"train\.offload={offload} with train\.zero_stage={stage}.*stage {least} on"
+    ):
+        parse_config(raw)

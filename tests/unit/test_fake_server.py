@@ -283,7 +283,5 @@ def test_the_tokens_come_from_the_model_s_tokenizer(tmp_path):
     with pytest.raises(EngineError, match=r"rollout.engine=fake: .*empty has no tokenizer.json"):
         fake_server.read_tokens(str(tmp_path / "empty"))
     setup = json.loads((tmp_path / "fake-engine.json").read_text())
-    assert setup == {
-        "token_ids": [1, 3], "eos_token_id": 2, "max_model_len": 9, "token_s": 0.5, "tenant_file": None,
-        "model_dir": str(tmp_path), "dtype": "auto",
-    }  # fmt: skip
+    told = {"model_dir": str(tmp_path), "dtype": "auto", "tenant_file": None}
+    assert setup == {"token_ids": [1, 3], "eos_token_id": 2, "max_model_len": 9, "token_s": 0.5, **told}

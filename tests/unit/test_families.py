@@ -217,7 +217,7 @@ def test_a_model_that_scales_its_states_before_the_head_is_refused(tmp_path, mon
 
 def test_capped_attention_scores_take_eager_attention_unless_sdpa_was_asked_for(tmp_path):
     folder = save_family("gemma2", tmp_path / "m")
-    assert load(folder, "sdpa").model.config._attn_implementation == "eager"
+    assert load(folder, "sdpa").model.config._attn_implementation == "unpadded_eager"
     with pytest.raises(ModelError, match=r"model\.attn_implementation=sdpa: .* caps its attention scores"):
         load(folder, "sdpa", attn_implementation="sdpa")
 

@@ -9,10 +9,12 @@ from fastreason_kernels import PolicyLossSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastreason.kl import CoefficientState, KlTerm
+from fastreason.loop import rank_wait_s
 from fastreason.packing import (
     Row,
     collate,
     loss_denominator,
+    micro_batches_of,
     plan_micro_batches,
     rows_of,
     split_balanced,
@@ -20,6 +22,7 @@ from fastreason.packing import (
     units_of,
 )
 from fastreason.policy import Policy
+from fastreason.ranks import Ranks, imbalance
 from fastreason.training import TrainingStep
 from fastreason.types import Grade, Group, Prompt, Sample
 
@@ -350,3 +353,53 @@ def test_a_filler_contributes_exactly_nothing(policy):
         loss, gradients = train(policy, [filler], spec)
         assert loss == 0.0
         assert all(not gradient.any() for gradient in gradients.values())
+
+
+# Balance
+
+
+def lone_rows(lengths):
+    return [
+        Row([1], [2] * (length - 1), [0.0] * (length - 1), 1.0, index=number) for number, length in enumerate(lengths)
+    ]
+
+
+def shares_of(lengths, attention_tokens, num_ranks=2):
+    """For each rank: the rows' lengths, the cost, and the fillers' tokens."""
+    found = []
+    for rank in range(num_ranks):
+        batches = micro_batches_of(lone_rows(lengths), "padded", 1, rank, num_ranks, attention_tokens=attention_tokens)
+        real = [batch.num_tokens for batch in batches if not batch.is_filler]
+        found.append((sorted(real), sum(b.cost for b in batches), [b.num_tokens for b in batches if b.is_filler]))
+    return found
+
+
+def test_ranks_are_balanced_by_what_attention_costs_too():
+    """Lines of 40, 20, 20, 10, 10 tokens are halves of 50; where a line of 40 costs twice its tokens, it is alone."""
+    by_tokens = shares_of([40, 20, 20, 10, 10], math.inf)
+    assert by_tokens == [([10, 40], 50.0, [10]), ([10, 20, 20], 50.0, [])]
+    # 40 -> 80, 20 -> 30, 10 -> 12.5
+    assert shares_of([40, 20, 20, 10, 10], 40.0) == [([40], 80.0, [10, 10, 10]), ([10, 10, 20, 20], 85.0, [])]
+
+
+class OneOf(Ranks):
+    """A rank of several whose costs are known."""
+
+    def __init__(self, costs):
+        super().__init__()
+        self.costs, self.num = costs, len(costs)
+
+    def sum(self, values):
+        return [sum(self.costs)]
+
+    def max(self, values):
+        return [max(self.costs)]
+
+
+def test_imbalance_is_the_slowest_rank_s_cost_over_the_mean():
+    assert imbalance(OneOf([80.0, 85.0]), 80.0) == pytest.approx(85 / 82.5)
+    assert imbalance(OneOf([30.0, 0.0, 0.0]), 0.0) == 3
+    assert imbalance(OneOf([0.0, 0.0]), 0.0) == 1
+    assert imbalance(Ranks(), 7.0) == 1
+    assert rank_wait_s(6.0, 1.5) == pytest.approx(2.0)
+    assert rank_wait_s(6.0, 1.0) == 0

@@ -35,10 +35,15 @@ def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", eng
         ({"mode": "colocated", "engine": "vllm"}, "cpu", "colocated", False),
         ({"mode": "colocated", "engine": "fake", "sleep": "on"}, "cpu", "colocated", True),
         ({"mode": "split", "gpus": "1"}, "cuda", "split", False),
-        ({"gpus": "0-3", "engines": 4, "ranks": 4}, "cuda", "colocated", True),
-        ({"gpus": "4-7", "engines": 4, "ranks": 4}, "cuda", "split", False),
-        ({"urls": ["http://a:1"]}, "cuda", "remote", False),
-        ({"urls": ["http://a:1"], "mode": "remote"}, "cpu", "remote", False),
+        (
+            {"engines": 2, "gpus": "0-1", "train_gpus": "1", "ranks": 1},
+            "cuda",
+            "colocated",
+            True,
+        ),
+        ({"engines": 2, "gpus": "6-7", "train_gpus": "0-5", "ranks": 6}, "cuda", "split", False),
+        ({"urls": ["http://n"]}, "cuda", "remote", False),  # nothing is started on this machine's GPU
+        ({"urls": ["http://n"], "mode": "remote"}, "cpu", "remote", False),
     ],
 )
 def test_what_resources_come_to(keys, device, mode, sleeps):
@@ -65,13 +70,9 @@ def test_what_resources_come_to(keys, device, mode, sleeps):
         ({"sleep": "on", "engine": "hf"}, "cuda", r"sleep=on: rollout.engine=hf cannot sleep"),
         ({"sleep": "on", "gpus": "1"}, "cuda", r"sleep=on: only a colocated engine sleeps"),
         ({"sleep": "on"}, "cpu", r"sleep=on: only a colocated engine sleeps"),
-        ({"sleep": "on", "urls": ["http://a:1"]}, "cuda", r"sleep=on: engines that run elsewhere"),
-        (
-            {"mode": "split", "urls": ["http://a:1"]},
-            "cuda",
-            r"mode=split: resources.urls has engines that run elsewhere",
-        ),
-        ({"mode": "remote"}, "cuda", r"mode=remote: resources.urls is empty"),
+        ({"mode": "remote"}, "cpu", r"mode=remote: the engines' addresses are missing.*resources.urls="),
+        ({"mode": "split", "urls": ["http://n"]}, "cuda", r"mode=split: resources.urls names engines elsewhere"),
+        ({"sleep": "on", "urls": ["http://n"]}, "cuda", r"sleep=on: engines elsewhere share no memory"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_key_and_a_way_out(keys, device, words):

@@ -13,7 +13,7 @@ import pytest
 
 from fastreason import supervise
 from fastreason.config import RunConfig
-from fastreason.errors import EngineError, FastreasonError, StuckError
+from fastreason.errors import EngineError, FastreasonError, NodeError, StuckError
 from fastreason.metrics import Progress
 from fastreason.processes import spawn
 from fastreason.session import Outcome, Session, read_outcome, request_restart, take_restart_request, write_outcome
@@ -309,6 +309,28 @@ def test_the_rank_that_was_killed_is_named_not_those_that_lost_it(stage):
     # With an outcome of its own, that is what is told.
     write_outcome(s.session, "trainer-1", Outcome(finished=False, error="no space left", expected=True))
     with pytest.raises(FastreasonError, match="the trainer failed: Connection closed by peer"):
+        s.supervisor.watch()
+
+
+def test_another_machine_that_failed_ends_the_run_but_for_what_happened_here(stage, monkeypatch):
+    monkeypatch.setattr(supervise, "LAST_WORDS_S", 1.0)
+    s = stage()
+
+    def lost():
+        raise NodeError("node 1 has failed: no space left")
+
+    s.supervisor.hear = lost
+    s.add_main()
+    with pytest.raises(NodeError, match="node 1 has failed: no space left"):
+        s.supervisor.watch()
+    # The ranks here end a moment later, and one of them was killed: that is the reason.
+    log = "failed (exitcode: -9) local_rank: 1 (pid: 8) of binary: /bin/python"
+    s.add(
+        "trainer",
+        f"import time; time.sleep(0.8); print({log!r}); raise SystemExit(1)",
+        members=("trainer-2", "trainer-3"),
+    )
+    with pytest.raises(FastreasonError, match="trainer rank 3 was ended by signal 9"):
         s.supervisor.watch()
 
 

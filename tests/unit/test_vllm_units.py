@@ -60,16 +60,16 @@ def test_what_only_a_cpu_or_only_a_gpu_is_told():
     assert "--no-enable-chunked-prefill" not in flags and "--enforce-eager" not in flags
 
 
-def test_one_that_shares_its_gpu_in_turn_can_sleep():
-    assert "--enable-sleep-mode" in options("cuda", sleeps=True)[1]
-    assert "--enable-sleep-mode" not in options("cuda")[1] + options("cpu", sleeps=True)[1]
-
-
 @pytest.mark.parametrize(("cores", "number", "bound"), [("0-3", 1, "0-3"), ("0-3", 2, "0-1|2-3"), ("1,5", 2, "1|5")])
 def test_each_process_of_a_tensor_parallel_engine_on_a_cpu_has_cores_of_its_own(cores, number, bound):
     config = RolloutConfig(cores=cores, tensor_parallel=number)
     environment = server_environment(config, exchange_dir="/e", device="cpu")
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == bound
+
+
+def test_one_that_shares_its_gpu_in_turn_can_sleep():
+    assert "--enable-sleep-mode" in options("cuda", sleeps=True)[1]
+    assert "--enable-sleep-mode" not in options("cuda")[1] + options("cpu", sleeps=True)[1]
 
 
 def vllm_server(log_path, **rollout):

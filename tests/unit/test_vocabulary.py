@@ -168,7 +168,7 @@ def hub(monkeypatch):
 def session_of(config, tmp_path, only=None):
     """The session of a run of which nothing is started."""
     decisions = Decisions(device="cpu", attention="sdpa", liger=False)
-    with launch._folders(config, tmp_path, decisions, resume=False, only=only, groups_dir=None) as session:
+    with launch.folders(config, tmp_path, decisions, resume=False, only=only, groups_dir=None) as session:
         return session
 
 

@@ -1,0 +1,250 @@
+"""Several machines of a run: what outer launchers say of them, and how they hear of each other."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fastreason import nodes
+from fastreason.arguments import build_parser
+from fastreason.errors import ConfigError, FastreasonError, NodeError
+from fastreason.nodes import Link, Node, Place, forget_launcher, free_port, heed, lead, node_of, open_store
+from fastreason.supervise import StopRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+STORE = {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+TORCHRUN = {**STORE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+SLURM = {**STORE, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "node"),
+    [
+        ({}, None),
+        (STORE, None),
+        ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, None),
+        (TORCHRUN, Node(1, 2, "n0", 29500)),
+        ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, Node(1, 2, "n0", 29500, has_store=True)),
+        (SLURM, Node(1, 2, "n0", 29500)),
+        ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, None),  # sbatch's own shell
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_which_machine_this_is(environment, node):
+    assert node_of(environment) == node
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"LOCAL_RANK": "1"}, "several processes on one machine.*train.ranks"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "several processes on one machine.*train.ranks"),
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE=2, RANK=1, MASTER_ADDR=''.*must name the first"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        ({"RANK": "2"}, "RANK=2"),
+        ({"RANK": "one"}, "RANK, WORLD_SIZE of the environment are not numbers"),
+    ],
+)
+def test_what_an_outer_launcher_may_not_say(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        node_of({**TORCHRUN, **changes})
+
+
+def test_processes_of_the_run_do_not_take_themselves_for_the_outer_launcher_s():
+    environment = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin", "SLURM_PROCID": "1"}
+    forget_launcher(environment)
+    assert environment == {"PATH": "/bin", "SLURM_PROCID": "1"}
+
+
+class Shared:
+    """A store in memory."""
+
+    def __init__(self):
+        self.values, self.gone = {}, False
+
+    def set(self, key, value):
+        self._reach()
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        self._reach()
+        return self.values[key]
+
+    def check(self, keys):
+        self._reach()
+        return all(key in self.values for key in keys)
+
+    def _reach(self):
+        if self.gone:
+            raise RuntimeError("Broken pipe")
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Two links to one store."""
+    monkeypatch.setattr(nodes, "BEAT_S", 0.05)
+    monkeypatch.setattr(nodes, "CONNECT_S", 0.5)
+    monkeypatch.setattr(nodes, "LAST_WORDS_S", 0.5)
+    store = Shared()
+    links = [Link(Node(index, 2, "n0", 1), store, silence_s=0.5) for index in (0, 1)]
+    yield links
+    for link in links:
+        link._ended.set()
+
+
+def looks(link, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        link.look()
+        time.sleep(0.02)
+
+
+def test_what_the_first_machine_announces_arrives(pair):
+    first, second = pair
+    threading.Timer(0.1, first.announce, [{"run_dir": "/runs/a", "port": 7}]).start()
+    assert second.await_run(second.look) == {"run_dir": "/runs/a", "port": 7}
+
+
+def test_a_first_machine_that_ends_before_its_run_is_not_waited_for(pair):
+    first, second = pair
+    first.store.set("end/0", '{"code": 2, "error": null}')
+    with pytest.raises(NodeError, match="node 0 has ended with exit code 2"):
+        second.await_run(second.look)
+    first.store.set("end/0", '{"code": 2, "error": "train.lr=-1"}')
+    with pytest.raises(NodeError, match=r"node 0 has failed: train\.lr=-1"):
+        second.await_run(second.look)
+
+
+def test_a_machine_that_beats_is_not_lost_and_one_that_stops_is(pair):
+    first, second = pair
+    looks(first, 1.0)
+    second._ended.set()
+    with pytest.raises(NodeError, match="node 1 of 2 has shown no sign of life"):
+        looks(first, 5.0)
+
+
+def test_a_machine_that_never_comes_is_named(pair):
+    first, second = pair
+    second._ended.set()
+    first.store.values.pop("beat/1", None)
+    with pytest.raises(NodeError, match="node 1 of 2 has not come"):
+        looks(first, 5.0)
+
+
+def test_a_store_that_is_gone_is_the_first_machine_s_end(pair):
+    first, second = pair
+    first.store.gone = True
+    with pytest.raises(NodeError, match=r"node 0 of 2.*is gone.*Broken pipe"):
+        second.look()
+    second.close(1)  # and is no second error
+
+
+def test_a_signal_to_one_machine_stops_all(pair):
+    requests = [StopRequest(), StopRequest()]
+    hears = [heed(link, request) for link, request in zip(pair, requests, strict=True)]
+    hears[0]()
+    assert requests[0].number is None
+    requests[1](signal.SIGTERM, None)
+    for hear in (hears[1], hears[0], hears[0], hears[1]):
+        hear()
+    assert requests[0].number == signal.SIGTERM
+    assert not any(request.urgent for request in requests), "heard twice, it must not become urgent"
+    heed(None, requests[0])()
+
+
+def test_the_first_machine_s_error_has_what_went_wrong_on_others(monkeypatch):
+    monkeypatch.setattr(nodes, "BEAT_S", 0.05)
+    store = Shared()
+    monkeypatch.setattr(nodes, "open_store", lambda node: store)
+
+    def run(link):
+        threading.Timer(0.2, store.set, ["end/1", '{"code": 1, "error": "rank 1 was killed"}']).start()
+        raise FastreasonError("rank 0 lost a peer")
+
+    with pytest.raises(FastreasonError, match=r"rank 0 lost a peer\nnode 1: rank 1 was killed"):
+        lead(Node(0, 2, "n0", 1), run)
+    assert store.values["end/0"] == b'{"code": 1, "error": "rank 0 lost a peer"}'
+    store.values = {"end/1": b'{"code": 0, "error": null}'}
+    assert lead(Node(0, 2, "n0", 1), lambda link: 0) == 0
+    assert store.values["end/0"] == b'{"code": 0, "error": null}'
+
+
+def test_machines_meet_at_torch_s_own_store():
+    port = free_port()
+    first = open_store(Node(0, 2, "127.0.0.1", port))
+    second = open_store(Node(1, 2, "127.0.0.1", port))
+    first.set("run", "{}")
+    assert second.check(["run"]) and second.get("run") == b"{}" and not second.check(["beat/0"])
+    # torchrun's store is there before us.
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    open_store(Node(0, 2, "127.0.0.1", agent.port, has_store=True)).set("run", "{}")
+    with pytest.raises(
+        FastreasonError, match=r"node 1 of 2: MASTER_ADDR=127\.0\.0\.1, MASTER_PORT=\d+: it does not answer"
+    ):
+        open_store(Node(1, 2, "127.0.0.1", free_port()), connect_s=0.5)
+
+
+# The scripts
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"])
+def test_a_launch_script_is_right(name, tmp_path):
+    """bash reads it, and what it starts on a node is a command of ours, which a stand-in for the outer launcher writes down."""
+    script = ROOT / "configs" / "launch" / name
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    said = tmp_path / "said"
+    for outer in ("torchrun", "deepspeed", "srun", "scontrol"):
+        stand_in = tmp_path / outer
+        stand_in.write_text(f'#!/bin/bash\n[ {outer} = scontrol ] && echo n0 && exit\necho {outer} "$@" >> {said}\n')
+        stand_in.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "NODE": "1",
+        "FIRST": "n0",
+        "SLURM_NNODES": "2",
+    }
+    environment |= {"SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7"}
+    config = "configs/math_grpo_gpu.yaml"
+    command = ["bash", str(script), config, "run.dir=/shared/runs"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    words = said.read_text().split()
+    command = words[words.index("fastreason") + 1 :]
+    options = build_parser().parse_args([*command, "--dry-run"])
+    assert (options.command, options.config, options.overrides[-1]) == ("train", config, "run.dir=/shared/runs")
+    outer = words[: words.index("fastreason")]
+    check_outer(outer[0], outer[1:])
+
+
+def check_outer(outer: str, flags: list[str]) -> None:
+    """The outer launchers' own parsers, where they are installed, take the flags, and start one process a node."""
+    if outer == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args([*flags, "fastreason"])
+        assert (options.nproc_per_node, options.no_python, options.node_rank) == ("1", True, 1)
+    elif outer == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        options = parse_args([*flags, "fastreason"])
+        assert (options.num_gpus, options.no_python, options.no_local_rank) == (1, True, True)
+    else:
+        assert outer == "srun" and "--ntasks-per-node=1" in flags
+
+
+def test_a_place_says_where_ranks_meet():
+    from fastreason.config import parse_config
+    from fastreason.launch import trainer_command
+
+    raw = {"model": {"path": "none"}, "data": {"task": "chain_sum"}}
+    config = parse_config({**raw, "train": {"steps": 1, "prompts_per_step": 4, "ranks": 2}})
+    command = trainer_command(config, Path("/session"), Place(1, 3, "n0", 4711))
+    for word in ("--nnodes=3", "--node-rank=1", "--nproc-per-node=2", "--master-addr=n0", "--master-port=4711"):
+        assert word in command
+    assert not [word for word in command if "rdzv" in word or "127.0.0.1" in word]
