@@ -514,8 +514,10 @@ def test_the_plain_loop_clips_moves_and_has_clipped_ratios(one_rank):
     moved = [float((t - start[n].detach()).abs().max()) for n, t in one_rank["stages"]["torch"]["weights"].items()]
     assert min(moved) > 2e-4
     stages = one_rank["stages"]
-    assert distance(stages["torch"]["weights"], stages["exact"]["weights"]) < 1e-3 * max(moved)
-    assert all(0.1 < result["clip_share"] < 0.9 for result in one_rank["stages"]["zero-2/1"]["results"])
+    way = distance(stages["exact"]["weights"], {name: tensor.detach() for name, tensor in start.items()})
+    assert distance(stages["torch"]["weights"], stages["exact"]["weights"]) < 1e-4 * way
+    shares = [result["clip_share"] for result in one_rank["stages"]["zero-2/1"]["results"]]
+    assert all(0.1 < share < 0.9 for share in shares[:4]) and 0.9 < shares[4] < 1, "in each, some are and some are not"
 
 
 @pytest.mark.slow
