@@ -19,6 +19,7 @@ from fastreason.packing import MicroBatch
 
 PREFIX = "unpadded_"  # of the attention implementations that are registered here
 BASES = ("eager", "sdpa")
+KINDS = {"full_attention", "sliding_attention"}  # of layers, whose masks are known here
 PROBE_ERROR = 0.02  # as far as a rounding to bf16 may take a model's states
 
 
@@ -41,16 +42,13 @@ def response_states(model: Any, batch: MicroBatch) -> Tensor:
 
 def real_states(model: Any, batch: MicroBatch) -> Tensor:
     """[T, D]: the last hidden states of the real tokens, in the order of `batch.real_T`."""
-    ids_BL, width = batch.input_ids_BL, batch.input_ids_BL.shape[1]
-    mask_B1LL = batch.mask_B1LL
-    if mask_B1LL is None and _needs_mask(model.config, width):
-        mask_B1LL = torch.ones(1, 1, width, width, dtype=torch.bool, device=ids_BL.device).tril()
+    ids_BL = batch.input_ids_BL
     # Four axes, so that transformers hands it on as it is; _attend reads one of a single element as "causal".
     causal_1111 = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BL.device)
     states_1TD = model.base_model(
         input_ids=ids_BL.flatten()[batch.real_T][None],
         position_ids=batch.position_ids_BL.flatten()[batch.real_T][None],
-        attention_mask=causal_1111 if mask_B1LL is None else _attention_mask(model, batch, mask_B1LL),
+        attention_mask=_lines_mask(model, batch, causal_1111),
         use_cache=False,
         real_T=batch.real_T,
         line_shape=tuple(ids_BL.shape),
@@ -64,16 +62,18 @@ def enable_unpadded(model: Any) -> bool:
     Not where its code does not hand on what attention is told, or mixes tokens elsewhere: a test of two lines shows.
     """
     before = model.config._attn_implementation
-    register()
-    if before not in BASES:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    # Attention of other kinds differs from whole attention on lines far longer than any that could be tried here.
+    if before not in BASES or kinds - KINDS:
         return False
+    register()
     probe = _probe(model.device)
     with torch.no_grad():
         expected = _probe_states(model, probe)
         try:
             model.set_attn_implementation(PREFIX + before)
             found = real_states(model, probe)
-        except (AttributeError, RuntimeError, TypeError, ValueError):
+        except Exception:  # whatever the code of a model from elsewhere makes of it: padding is right too
             found = None
     same = found is not None and bool((found - expected).norm() <= PROBE_ERROR * expected.norm())
     if not same:
@@ -109,10 +109,25 @@ def _probe_states(model: Any, batch: MicroBatch) -> Tensor:
     return states_BLD.flatten(0, 1)[batch.real_T]
 
 
-def _needs_mask(config: Any, width: int) -> bool:
-    """Whether causal attention on lines of so many tokens has to be told as a mask."""
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return _base(config) == "eager" or (window is not None and width > window)
+def _lines_mask(model: Any, batch: MicroBatch, causal_1111: Tensor) -> Tensor | dict[str, Tensor] | None:
+    """What attention is told of the lines; plain ones need a mask for eager attention, and where one outgrows a window."""
+    if batch.mask_B1LL is not None:
+        return _attention_mask(model, batch, batch.mask_B1LL)
+    width, text, is_eager = batch.input_ids_BL.shape[1], model.config.get_text_config(), _base(model.config) == "eager"
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    slides = window is not None and width > window and kinds != {"full_attention"}
+    if not is_eager and not slides:
+        return causal_1111
+    # Of all lines at once: padding comes after what is real, so that nothing real sees it.
+    causal_11LL = torch.ones(1, 1, width, width, dtype=torch.bool, device=causal_1111.device).tril()
+    near_11LL = causal_11LL.triu(1 - window) if slides else causal_11LL
+    whole = causal_1111
+    if is_eager:
+        whole, near_11LL = _added(causal_11LL, model.dtype), _added(near_11LL, model.dtype)
+    if slides and kinds:
+        return {"full_attention": whole, "sliding_attention": near_11LL}
+    return near_11LL if slides else whole
 
 
 def _base(config: Any) -> str:

@@ -17,7 +17,7 @@ from fastreason_kernels.transform import IDENTITY, Transform
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastreason.body import enable_unpadded, response_states
+from fastreason.body import BASES, enable_unpadded, response_states
 from fastreason.config import LoraConfig, ModelConfig
 from fastreason.errors import ConfigError, ModelError
 from fastreason.families import attention_of, check_head, head_transform
@@ -325,7 +325,7 @@ def load_policy(
     if dropped:
         log.info("%s is trained without its dropout: %s", folder, ", ".join(dropped))
     check_head(model.to(device), transform, folder)
-    if not enable_unpadded(model):
+    if not enable_unpadded(model) and attention in BASES:
         log.info("%s: padding goes through all of its layers", folder)
     if liger:
         apply_liger(model)

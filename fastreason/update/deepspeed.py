@@ -111,6 +111,9 @@ class Trained:
             eps=train.adam_eps,
             fused=device.type in ("cpu", "cuda") and train.offload == "none",
         )
+        # Of each group, what a checkpoint must not bring back: it may go on with other values.
+        keys = ("weight_decay", "betas", "eps")
+        self._settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(train, dtype, self.num_ranks, num_parameters)
         )
@@ -199,6 +202,14 @@ class Trained:
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
         self.num_done = client_state["num_done"]
+        self._keep_settings()
+
+    def _keep_settings(self) -> None:
+        """Undo that DeepSpeed's load brings back the optimizer's settings of the run before, as it does weights and moments."""
+        for group, own in zip(self.optimizer.param_groups, self._settings, strict=True):
+            group.update(own)
+        if hasattr(self.optimizer, "clip_grad"):
+            self.optimizer.clip_grad = self._train.max_grad_norm
 
     def _load_other(self, folder: Path) -> None:
         """Go on from a checkpoint of another number of ranks, ZeRO stage or precision."""

@@ -79,8 +79,8 @@ class SavedState:
     @property
     def step(self) -> float | None:
         """The number of Adam's updates, of all parameters alike; None where there was none."""
-        block = next(block for found in self._found.values() for _, block in found)
-        return block.step if all(key in block.values for key in MOMENTS) else None
+        blocks = [block for found in self._found.values() for _, block in found]
+        return max(block.step for block in blocks) if all(key in blocks[0].values for key in MOMENTS) else None
 
     def copy(self, key: str, name: str, start: int, target: Tensor) -> None:
         """target [n] <- elements start to start + n of the parameter `name`; raises CheckpointError where some are missing."""
@@ -157,8 +157,13 @@ def _block(pieces: list[Piece], master: Tensor, adam: Mapping[str, Any]) -> Bloc
 def _blocks_of_plain(model_state: Mapping[str, Any], order: Sequence[str]) -> list[Block]:
     """fp32 without ZeRO: the parameters are their own masters, and torch's optimizer counts them."""
     weights, adam = model_state["module"], model_state["optimizer"]["state"]
-    pairs = [(name, weights[name], adam.get(number, {})) for number, name in enumerate(order)]
-    return [_block([Piece(name, 0, weight.numel(), 0)], weight, state) for name, weight, state in pairs]
+    blocks = []
+    for number, name in enumerate(order):
+        state = adam.get(number, {})
+        if adam and not state:  # it has never had a gradient: the others' updates left it alone
+            state = {key: torch.zeros_like(weights[name]) for key in MOMENTS}
+        blocks.append(_block([Piece(name, 0, weights[name].numel(), 0)], weights[name], state))
+    return blocks
 
 
 def _blocks_of_slices(state: Mapping[str, Any], seen: dict[str, int]) -> list[Block]:

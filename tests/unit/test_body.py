@@ -85,6 +85,27 @@ def test_a_model_that_does_not_tell_attention_of_the_lines_keeps_its_padding(tmp
     assert torch.equal(found, expected)
 
 
+def test_layers_of_other_kinds_keep_their_padding(tmp_path):
+    """They would pass the test of short lines, and differ on long ones."""
+    model = load(save_family("qwen2", tmp_path / "m")).model
+    model.set_attn_implementation("sdpa")
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not enable_unpadded(model) and model.config._attn_implementation == "sdpa"
+
+
+def test_only_layers_with_a_window_are_given_a_mask_by_sdpa(tmp_path):
+    model = load(save_family("gemma3", tmp_path / "m")).model
+    seen = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, _, options: seen.append(options["attention_mask"].shape), with_kwargs=True
+        )
+    batch = batch_of("padded")
+    width = batch.input_ids_BL.shape[1]
+    response_states(model, batch)
+    assert seen == [(1, 1, width, width), (1, 1, 1, 1)], "the layer without a window goes on with causal attention"
+
+
 def test_attention_that_reads_rows_from_positions_is_left_as_it_is(tmp_path):
     model = load(save_family("qwen2", tmp_path / "m")).model
     model.config._attn_implementation = "flash_attention_2"

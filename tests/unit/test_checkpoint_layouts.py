@@ -83,6 +83,12 @@ def whole_state(updater: Any) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def adam_steps(updater: Any) -> set[float]:
+    """How many updates Adam has counted, of each of the tensors that it updates on this rank."""
+    adam = updater.optimizer if updater._unwrapped else updater.optimizer.optimizer
+    return {float(state["step"]) for state in adam.state.values()}
+
+
 def published(updater: Any) -> dict[str, torch.Tensor]:
     return ours.whole_weights(updater) if hasattr(updater, "weights") else {}
 
@@ -116,7 +122,7 @@ def job_load() -> dict[str, Any]:
     for kind, dtype, saved, stage in CASES:
         updater = make(kind, dtype, stage, blank=True)
         updater.load(other / f"{kind}-{dtype}-{saved}")
-        state = {"published": published(updater), "state": whole_state(updater)}
+        state = {"published": published(updater), "state": whole_state(updater), "steps": adam_steps(updater)}
         found[kind, dtype, saved, stage] = state | {"next": one_update(updater), "after": published(updater)}
     # The same ranks and another stage.
     updater = make("model", "float32", 3, blank=True)
@@ -159,6 +165,7 @@ def test_another_number_of_ranks_and_stage_goes_on_with_the_same_numbers(found, 
     for name, values in before["state"].items():
         assert_equal(after["state"][name], values)
         assert bool(values["exp_avg"].any()), f"{name}: nothing was trained, and equality shows nothing"
+    assert after["steps"] == {NUM_DONE}
     assert after["next"]["lr"] == before["next"]["lr"]
     assert after["next"]["loss"] == pytest.approx(before["next"]["loss"], rel=1e-12)
 
@@ -213,6 +220,19 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(found, ranks, saved, sta
 def test_from_one_checkpoint_zero_3_publishes_what_zero_2_does(found, ranks):
     expected = found[ranks]["save"]["model", "float32", 2]["published"]
     assert_equal(found[ranks]["load"]["same ranks"], expected)
+
+
+def test_a_parameter_that_has_never_had_a_gradient_has_moments_of_zero():
+    from fastreason.update.layouts import _blocks_of_plain
+
+    adam = {1: {"exp_avg": torch.tensor([1.0]), "exp_avg_sq": torch.tensor([2.0]), "step": torch.tensor(5.0)}}
+    weights = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([5.0])}
+    saved = SavedState(Layout(0, 1, False), {})
+    saved.add(_blocks_of_plain({"module": weights, "optimizer": {"state": adam}}, ["a", "b"]))
+    assert saved.step == 5
+    moments = torch.ones(2)
+    saved.copy("exp_avg", "a", 0, moments)
+    assert moments.tolist() == [0, 0]
 
 
 def block_of(names, values):

@@ -241,6 +241,12 @@ def job_resume() -> dict[str, Any]:
         second.load(folder / "updater")
         loaded = run_updates(second, batches, 1), whole_weights(second)
         found[f"zero-{stage}/{dtype}"] = {"went_on": went_on, "loaded": loaded}
+        third = make_updater(
+            stage, tiny_model(torch_dtype), dtype, weight_decay=0.25, max_grad_norm=0.5, adam_beta2=0.95
+        )
+        third.load(folder / "updater")
+        groups = {(group["weight_decay"], group["betas"][1]) for group in third.optimizer.param_groups}
+        found[f"zero-{stage}/{dtype}"]["settings"] = groups, getattr(third.optimizer, "clip_grad", 0.5)
         dist.barrier()
         if dist.get_rank() == 0:
             import shutil
@@ -558,6 +564,13 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(one_rank, two_ranks, ranks):
         assert results[0]["lr"] == pytest.approx(RATES[2]), setting
         for name, tensor in weights.items():
             assert torch.equal(tensor, loaded_weights[name]), f"{setting}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_goes_on_has_the_settings_that_it_is_given(one_rank, two_ranks, ranks):
+    for setting, found in (one_rank if ranks == 1 else two_ranks)["resume"].items():
+        assert found["settings"] == ({(0.25, 0.95), (0.0, 0.95)}, 0.5), setting
 
 
 @pytest.mark.slow
