@@ -44,11 +44,12 @@ class Striker:
         hang_timeout_s: float,
         rollout: dict[str, Any] | None = None,
         deadline_s: float = 2.0,
+        ahead_token_s: float = 0.15,
         **train: Any,
     ) -> None:
         # Ahead of the trainer (S > 0), a batch has to take longer than training even on a slow machine: else it is there
         # before it is asked for, and no phase in which it is generated can be hit.
-        token_s = (0.15 if staleness else 0.05) if engine == "fake" else 0.0
+        token_s = (ahead_token_s if staleness else 0.05) if engine == "fake" else 0.0
         self.run = make(
             run={"hang_timeout_s": hang_timeout_s, "timeout_s": 500},
             rollout={

@@ -46,6 +46,7 @@ def test_the_engines_sleep_whenever_the_trainer_computes(train_run):
     assert run.left_behind(2) == [] and run.files_left() == []
 
 
+@pytest.mark.faults
 def test_whatever_dies_while_the_engine_sleeps_costs_nothing_and_starts_nothing_beside_the_trainer(small_run):
     """The engine is killed and stopped, the producer killed, the run stopped and resumed; each amid training."""
     run = small_run(

@@ -55,7 +55,9 @@ def test_parts_that_die_or_hang_at_any_phase_cost_nothing(small_run, engine, req
     undisturbed = request.getfixturevalue("undisturbed") if engine == "fake" else None
     steps = (18, 22) if engine == "fake" else (24, 30)  # a strike that came too late is repeated in a later step
     killed = Striker(small_run, engine, staleness=0, hang_timeout_s=30.0, steps=steps[0])
-    stopped = Striker(small_run, engine, staleness=1, hang_timeout_s=4.0 if engine == "fake" else 25.0, steps=steps[1])
+    # A grader is struck while the trainer waits for what it grades: a batch takes 2.4 s.
+    ahead = {"hang_timeout_s": 4.0 if engine == "fake" else 25.0, "ahead_token_s": 0.3}
+    stopped = Striker(small_run, engine, staleness=1, **ahead, steps=steps[1])
     with ThreadPoolExecutor(2 if engine == "fake" else 1) as pool:  # one vLLM is as much as two cores start in time
         runs = [
             pool.submit(struck_in_every_phase, killed, signal.SIGKILL),

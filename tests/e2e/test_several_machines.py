@@ -61,6 +61,7 @@ def test_two_machines_of_a_rank_each_train_what_one_of_two_ranks_does(train_run)
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_machine_that_is_lost_ends_the_run_and_one_machine_goes_on_with_another_layout(train_run):
     first, second = runs = [
         train_run(train={**TWO_STEPS, "steps": 1000, "ranks": 1}, checkpoint={"every": 1}) for _ in range(2)
