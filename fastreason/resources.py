@@ -12,6 +12,7 @@ from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.errors import ConfigError
 
 SERVED = ("vllm", "fake")  # engines with a server process of their own
+ON_HOST = {"none": "", "cpu": ", optimizer on the cpu", "cpu_weights": ", optimizer and weights on the cpu"}
 KEY_VARIABLE = "FASTREASON_ENGINE_KEY"  # the key of a run's engines, in the environment and nowhere else
 
 
@@ -155,7 +156,7 @@ def resource_table(config: Config, device: str, only: str | None = None) -> list
         where = _where(train.cores, train.gpus, device)
         if device == "cpu" and train.spare_cores:
             where += f", at idle priority also {train.spare_cores}"
-        how = f"ZeRO-{train.zero_stage}" + ("" if train.offload == "none" else f", optimizer on the {train.offload}")
+        how = f"ZeRO-{train.zero_stage}{ON_HOST[train.offload]}"
         rows.append(("trainer", str(train.ranks), where, how))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [

@@ -101,6 +101,7 @@ def setup_of(config: Config, device: Device, ranks: int, work: Workload) -> Trai
         itemsize=device.itemsize,
         checkpointing=config.model.gradient_checkpointing,
         offload=config.train.offload != "none",
+        offload_weights=config.train.offload == "cpu_weights",
         fused=not device.is_cpu and config.model.liger != "off",
         scores=round(work.line) if device.is_cpu and work.line <= SHORT_LINE else 0,
         on_gpu=not device.is_cpu,

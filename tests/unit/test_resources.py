@@ -126,6 +126,15 @@ def test_lists_of_cores_are_written_as_short_as_they_are_read():
         assert cores_text(parse_cores(text)) == text
 
 
+@pytest.mark.parametrize(
+    ("offload", "how"),
+    [("cpu", "ZeRO-3, optimizer on the cpu"), ("cpu_weights", "ZeRO-3, optimizer and weights on the cpu")],
+)
+def test_the_table_says_what_is_on_the_host(offload, how):
+    config = make(train={"zero_stage": 3, "offload": offload})
+    assert resource_table(config, "cpu")[-1].endswith(f"  {how}")
+
+
 def test_the_table_says_who_runs_where():
     config = make(resources={"engines": 2}, reward={"workers": 3}, train={"ranks": 2, "cores": "2-3", "zero_stage": 3})
     assert resource_table(config, "cpu") == [
