@@ -113,6 +113,34 @@ def test_what_cannot_be_is_refused_with_the_key(sections, device, message):
         check_resources(make(**sections), device)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://[node1]:8000", "http://node1:80000", "http://node1:abc", "http://node1:0", "http://", "ftp://node1"]
+)
+def test_an_address_that_can_be_none_is_refused_with_its_place(url):
+    config = make(resources={"urls": [URLS[0], url]}, rollout=REMOTE)
+    with pytest.raises(ConfigError) as caught:
+        check_resources(config, "cpu")
+    assert str(caught.value).startswith(
+        f"resources.urls[1]: {url!r} is no address of a server. Write e.g. http://node1:8000"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:SECRET@host",
+        "http://:SECRET@host",
+        "http://me:SECRET@[node1]",
+        "http://h?key=SECRET",
+        "http://h/#SECRET",
+    ],
+)
+def test_an_address_with_a_secret_in_it_is_refused_and_not_said(url):
+    with pytest.raises(ConfigError, match=r"^resources\.urls\[0\]: is no address.*FASTREASON_ENGINE_KEY") as caught:
+        check_resources(make(resources={"urls": [url]}, rollout=REMOTE), "cpu")
+    assert "SECRET" not in str(caught.value)
+
+
 def test_engines_elsewhere_need_their_key_in_the_environment(monkeypatch):
     config = make(resources={"urls": URLS}, rollout=REMOTE)
     check_resources(config, "cpu")
