@@ -18,7 +18,7 @@ from fastreason.cli import main
 from fastreason.config import load_config
 from fastreason.errors import ConfigError, ModelError
 from fastreason.placement import Placement, place
-from fastreason.plan import calibration, memory, sharing
+from fastreason.plan import calibration, command, memory, sharing
 from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
 from fastreason.plan.memory import GIB, TrainerSetup, engine_memory, layer_bytes, loss_bytes, trainer_memory
 from fastreason.plan.shapes import SHAPES, Shape, named_shape, shape_of
@@ -507,6 +507,48 @@ def test_what_the_command_cannot_plan_it_says(capsys, arguments, said):
     config = str(ROOT / "configs" / "math_grpo_gpu.yaml")
     code, text = plan(capsys, *[config if argument == "C" else argument for argument in arguments])
     assert code == 2 and said in text
+
+
+@pytest.mark.parametrize(
+    ("engines", "cores", "threads"), [(None, "0-3", 4), (2, "0-3", 2), (4, "0-3", 1), (2, None, 1)]
+)
+def test_a_calibration_gives_an_engine_the_threads_of_its_share(tmp_path, monkeypatch, engines, cores, threads):
+    asked = []
+    found = SimpleNamespace(device=DEVICE, rates=EXACT)
+    monkeypatch.setattr(calibration, "calibrate", lambda shape, dtype, *figures: asked.append(figures) or found)
+    keys = [f"rollout.cores={cores or 'null'}", f"resources.engines={engines or 'null'}", "train.threads=3"]
+    config = load_config(ROOT / "configs" / "quickstart.yaml", keys)
+    command.measured_machine(SimpleNamespace(calibrate=""), config, TOY)
+    assert asked == [(3, threads, command.DECODE_ROWS)]
+
+
+def test_the_estimate_of_a_run_has_its_engines_and_their_sleep(tmp_path):
+    machine = command.Machine(DEVICES["h100"], Rates())
+    shape = named_shape("1.5b")
+
+    def estimate(*overrides):
+        config = shared_config(tmp_path, *overrides)
+        work = command.workload_of(config, None, None, on_cpu=False)
+        return command.own_layout(config, shape, machine, work), command.estimates(config, shape, machine, work)
+
+    apart, its = estimate("resources.sleep=off")
+    asleep, slept = estimate()
+    swap_s = 2 * machine.rates.sleep_s
+    assert (apart.colocated, apart.swap_s, asleep.colocated, asleep.swap_s) == (False, 0, True, swap_s) and swap_s > 0
+    assert slept["publish_s"] == pytest.approx(its["publish_s"] + swap_s / 2), (
+        "measured with them: waking, not falling asleep"
+    )
+    assert slept["step_s"] == pytest.approx(its["step_s"] + swap_s)
+    four, fast = estimate("resources.engines=4", "rollout.gpus=0-3", "train.gpus=0-3", "train.ranks=4")
+    assert (four.engines, four.num_gpus) == (4, 4) and fast["generate_s"] < 0.7 * slept["generate_s"]
+
+
+def test_a_plan_for_a_cpu_has_the_engines_of_its_config():
+    device = replace(DEVICES["h100"], is_cpu=True, itemsize=4)
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["resources.engines=3"])
+    work = command.workload_of(config, None, None, on_cpu=True)
+    found = command.plan_of(config, TOY, command.Machine(device, EXACT), work, 1)
+    assert (found.split.engines, found.gpus, found.colocated) == (3, 4, None)
 
 
 def test_a_run_is_compared_with_its_own_estimate(tmp_path, capsys, measured):
