@@ -56,6 +56,12 @@ def test_what_cannot_be_served_is_refused(words, message, capsys):
     assert cli.main(["serve", *words]) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
+def test_the_help_says_the_longest_sequence_without_a_config(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert f"else the model's, {serve.LONGEST} at most" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_key_is_made_once_in_a_file_that_only_its_user_can_read(tmp_path, capsys):
     path = tmp_path / "new" / "key"
     key = kept_key(path)
