@@ -172,7 +172,7 @@ def add_serve_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "--max-model-len",
         type=int,
         metavar="N",
-        help="longest prompt + response, tokens; default: with --config the run's",
+        help="longest prompt + response, tokens; default: with --config the run's, else the model's, 4096 at most",
     )
     serve.add_argument("--key-file", metavar="FILE", help="where the key is kept, unless FASTREASON_ENGINE_KEY is set")
 

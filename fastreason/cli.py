@@ -58,18 +58,19 @@ def train_command(options: argparse.Namespace) -> int:
 
     node = node_of(os.environ)
     if node is None or options.dry_run:
-        return train_here(options)
+        return train_here(options, nodes=node.num if node is not None else 1)
     forget_launcher(os.environ)
     if options.only == "rollout":
         raise ConfigError("--only rollout: it has no ranks to divide among machines. Start it on one.")
     if node.is_first:
-        return lead(node, lambda link: train_here(options, link))
+        return lead(node, lambda link: train_here(options, link, node.num))
     from fastreason.follow import follow
 
     return follow(node)
 
 
-def train_here(options: argparse.Namespace, link: "Link | None" = None) -> int:
+def train_here(options: argparse.Namespace, link: "Link | None" = None, nodes: int = 1) -> int:
+    """The run's launcher, or a look at what it would do; nodes: machines that have ranks of it."""
     from fastreason.config import load_config
     from fastreason.launch import launch
     from fastreason.preflight import anchor_paths, check_prompts_offline, preflight, settle_dtypes, start_lines
@@ -77,11 +78,11 @@ def train_here(options: argparse.Namespace, link: "Link | None" = None) -> int:
     from fastreason.run_folder import held, make_run_dir, write_config
 
     if options.resume:
-        return resume_command(options, link)
+        return resume_command(options, link, nodes)
     if not options.config:
         raise ConfigError("train: give a config file, e.g. fastreason train configs/quickstart.yaml (or --resume RUN).")
     config = settle_dtypes(anchor_paths(load_config(options.config, options.overrides)))
-    decisions, unchecked = preflight(config)
+    decisions, unchecked = preflight(config, only=options.only, nodes=nodes)
     groups = written_groups(options, config)
     if options.dry_run:
         return print_dry_run(config, decisions, unchecked, options.only)
@@ -164,7 +165,7 @@ def print_dry_run(config: "Config", decisions: "Decisions", unchecked: list[str]
     return 0
 
 
-def resume_command(options: argparse.Namespace, link: "Link | None" = None) -> int:
+def resume_command(options: argparse.Namespace, link: "Link | None" = None, nodes: int = 1) -> int:
     from fastreason.run_folder import held
 
     if options.only == "rollout":
@@ -173,23 +174,23 @@ def resume_command(options: argparse.Namespace, link: "Link | None" = None) -> i
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"--resume {options.resume}: no run there (no config.yaml). Give the folder of a run.")
     if options.dry_run:
-        return resume_run(options, run_dir)
+        return resume_run(options, run_dir, nodes=nodes)
     with held(run_dir):
-        return resume_run(options, run_dir, link)
+        return resume_run(options, run_dir, link, nodes)
 
 
-def resume_run(options: argparse.Namespace, run_dir: Path, link: "Link | None" = None) -> int:
+def resume_run(options: argparse.Namespace, run_dir: Path, link: "Link | None" = None, nodes: int = 1) -> int:
     from fastreason.config import load_config
     from fastreason.launch import launch
     from fastreason.offline_data import resume_offline
-    from fastreason.preflight import preflight, settle_dtypes
+    from fastreason.preflight import anchor_paths, preflight, settle_dtypes
     from fastreason.resources import resource_table
     from fastreason.resume import starting_point
     from fastreason.run_folder import write_config
 
     overrides = [*([options.config] if options.config else []), *options.overrides]
-    config = settle_dtypes(load_config(run_dir / "config.yaml", overrides))
-    decisions, unchecked = preflight(config, prepared=True)
+    config = settle_dtypes(anchor_paths(load_config(run_dir / "config.yaml", overrides)))
+    decisions, unchecked = preflight(config, prepared=True, only=options.only, nodes=nodes)
     path, state = starting_point(config, run_dir, options.only)
     groups = written_groups(options, config, done=state.version)
     if options.dry_run:
@@ -198,7 +199,7 @@ def resume_run(options: argparse.Namespace, run_dir: Path, link: "Link | None" =
         decisions = resume_offline(config, run_dir, decisions)
     write_config(config, run_dir)
     print(f"resuming from {path.name if path else 'the beginning'}: {state.step} of {config.train.steps} steps done")
-    print("\n".join(resource_table(config, decisions.device, options.only)))
+    print("\n".join([*resource_table(config, decisions.device, options.only), *decisions.notes]))
     return launch(config, run_dir, decisions, resume=True, only=options.only, groups_dir=groups, link=link)
 
 

@@ -28,10 +28,13 @@ class Decisions:
     notes: tuple[str, ...] = ()
 
 
-def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[str]]:
+def preflight(
+    config: Config, prepared: bool = False, only: str | None = None, nodes: int = 1
+) -> tuple[Decisions, list[str]]:
     """Every check that can fail before a model loads; returns the decisions and what stays unchecked offline.
 
     prepared: the responses of an offline run are tokenized already, and the file that they came from is not looked at.
+    only: the one phase that runs; it shares no GPU, and a trainer alone needs no engine. nodes: machines of the run.
     Raises ConfigError, DataError or ModelError with the key, the value, what is allowed and what to do.
     """
     from fastreason.cores import require_cores
@@ -39,7 +42,7 @@ def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[s
 
     device = choose_device(config.train.device)
     offline = config.offline.objective is not None
-    unchecked = check_offline_run(config, prepared) if offline else check_online_run(config, device)
+    unchecked = check_offline_run(config, prepared) if offline else check_online_run(config, device, only)
     check_adapter(config)
     train = config.train
     for key, cores in (
@@ -58,20 +61,20 @@ def preflight(config: Config, prepared: bool = False) -> tuple[Decisions, list[s
         if gpus:
             parse_cores(gpus, key)
     liger = importlib.util.find_spec("liger_kernel") is not None
-    placement = SPLIT if offline else place(config, device)
+    placement = SPLIT if offline or only is not None else place(config, device)
     decisions = Decisions(
         device=device,
         attention=decide_attention(config, device, longest_line(config)),
         liger=choose_liger(config.model.liger, device, liger),
         placement=placement,
-        notes=sharing_notes(config, placement, device),
+        notes=sharing_notes(config, placement, device, nodes),
     )
     choose_layout(config.train.share_prompts, decisions.attention, device)
     return decisions, unchecked
 
 
-def check_online_run(config: Config, device: str) -> list[str]:
-    """What a run that generates and grades needs; returns what stays unchecked."""
+def check_online_run(config: Config, device: str, only: str | None = None) -> list[str]:
+    """What a run that generates and grades needs, or only trains on what another has; returns what stays unchecked."""
     from fastreason.algorithms import resolve_algorithm
     from fastreason.data import check_data
     from fastreason.models import check_model
@@ -81,7 +84,8 @@ def check_online_run(config: Config, device: str) -> list[str]:
 
     check_reference(resolve_algorithm(config), config)
     check_transport(config, device)
-    check_resources(config, device)
+    if only != "train":
+        check_resources(config, device)
     resolve_rewards(config.reward)
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
@@ -110,7 +114,7 @@ def check_offline_run(config: Config, prepared: bool = False) -> list[str]:
     return unchecked
 
 
-def sharing_notes(config: Config, placement: Placement, device: str) -> tuple[str, ...]:
+def sharing_notes(config: Config, placement: Placement, device: str, nodes: int = 1) -> tuple[str, ...]:
     """What is to be said of GPUs that engine and trainer share; raises ConfigError where their memory cannot suffice."""
     if placement.mode != "colocated":
         return ()
@@ -123,7 +127,7 @@ def sharing_notes(config: Config, placement: Placement, device: str) -> tuple[st
 
     copies = ["reference"] if resolve_algorithm(config).needs_reference and config.lora.rank is None else []
     copies += ["published copy"] if config.rollout.transport in ("ipc", "nccl") else []
-    return (said, *check_sharing(config, placement, copies=copies))
+    return (said, *check_sharing(config, placement, copies=copies, nodes=nodes))
 
 
 def check_adapter(config: Config) -> None:

@@ -12,6 +12,8 @@ from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.errors import ConfigError
 
 SERVED = ("vllm", "fake")  # engines with a server process of their own
+SECRET_MARKS = ("@", "?", "#")  # of a user and password, and of a query
+ON_HOST = {"none": "", "cpu": ", optimizer on the cpu", "cpu_weights": ", optimizer and weights on the cpu"}
 KEY_VARIABLE = "FASTREASON_ENGINE_KEY"  # the key of a run's engines, in the environment and nowhere else
 
 
@@ -111,12 +113,13 @@ def _check_served(config: Config) -> None:
 def _check_remote(config: Config) -> None:
     """What engines that run elsewhere need of the config and of the environment."""
     resources, rollout = config.resources, config.rollout
-    for url in resources.urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    for index, url in enumerate(resources.urls):
+        if not _is_address(url):
+            # What may be a secret is not said again.
+            shown = "" if any(mark in url for mark in SECRET_MARKS) else f" {url!r}"
             raise ConfigError(
-                f"resources.urls: {url!r} is no address of a server. Write e.g. http://node1:8000, or https://... behind a "
-                f"proxy of yours; its key is not part of it but in {KEY_VARIABLE}."
+                f"resources.urls[{index}]:{shown} is no address of a server. Write e.g. http://node1:8000, or https://... "
+                f"behind a proxy of yours; its key is not part of it but in {KEY_VARIABLE}."
             )
     if len({url.rstrip("/") for url in resources.urls}) < len(resources.urls):
         raise ConfigError(f"resources.urls={resources.urls}: one is there twice. Name each server once.")
@@ -143,6 +146,17 @@ def _check_remote(config: Config) -> None:
         )
 
 
+def _is_address(url: str) -> bool:
+    """Whether it names a server, by http or https and with a port that can be, and nothing of who asks or what for."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # a host in brackets that is no IPv6 address, a port that is no number
+        return False
+    named = parts.scheme in ("http", "https") and parts.hostname and port != 0
+    return bool(named) and not any(mark in url for mark in SECRET_MARKS)
+
+
 def resource_table(config: Config, device: str, only: str | None = None) -> list[str]:
     """A run's processes, a line each under a line of titles: who, how many, where, how. `only` is that of the command."""
     rows = [("", "processes", "where", "how")]
@@ -155,7 +169,7 @@ def resource_table(config: Config, device: str, only: str | None = None) -> list
         where = _where(train.cores, train.gpus, device)
         if device == "cpu" and train.spare_cores:
             where += f", at idle priority also {train.spare_cores}"
-        how = f"ZeRO-{train.zero_stage}" + ("" if train.offload == "none" else f", optimizer on the {train.offload}")
+        how = f"ZeRO-{train.zero_stage}{ON_HOST[train.offload]}"
         rows.append(("trainer", str(train.ranks), where, how))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [

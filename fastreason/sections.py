@@ -43,7 +43,8 @@ class RunConfig(Section):
     max_restarts: int = Field(
         default=3,
         ge=0,
-        description="starts again of an engine or the producer that died, without a step between; 0: its death ends the run",
+        description="starts again of an engine or the producer that died, without a step between; 0: its death ends the run, "
+        "unless another engine is left",
     )
 
 

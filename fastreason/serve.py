@@ -39,6 +39,8 @@ def read_serve_config(options: argparse.Namespace) -> Config:
     }
     models = [word for word in options.words if "=" not in word]
     for override in (word for word in options.words if "=" in word):
+        if override.partition(".")[0] not in SECTIONS:
+            raise ConfigError(f"serve: {override}: one server has keys of {', '.join(SECTIONS)} alone. Leave it out.")
         apply_override(raw, override)
     if len(models) > 1 or not (models or raw.get("model", {}).get("path")):
         raise ConfigError(
@@ -46,6 +48,10 @@ def read_serve_config(options: argparse.Namespace) -> Config:
         )
     if models:
         raw.setdefault("model", {})["path"] = models[0]
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(
+            f"serve: --port {options.port}: there is no such port. Use 1 to 65535, or 0 for any free one."
+        )
     raw["train"] = {"device": (raw.get("train") or {}).get("device", "auto"), "steps": 1, "prompts_per_step": 1}
     raw.setdefault("rollout", {})["port"] = options.port
     raw["rollout"] |= {"transport": "file", "exchange_dir": options.exchange_dir or raw["rollout"].get("exchange_dir")}
@@ -86,6 +92,7 @@ def run_serve(config: Config, options: argparse.Namespace) -> int:
             host=options.host,
             # A server that is started again by hand must not be taken for the one before.
             label=f"{new_key()[:8]}-",
+            port_key="serve: --port",
         )
         keeper = Keeper(server, config.run.max_restarts, folder.path, say)
         address = f"http://{socket.gethostname() if options.host == ANY_HOST else options.host}:{server.port}"
@@ -144,16 +151,29 @@ async def keep(keeper: Keeper, config: Config, url: str, key: str, log: Path, wo
 
 
 def kept_key(path: Path) -> str:
-    """The key in a file that only this user can read; made where there is none. Raises ConfigError where others can."""
-    with contextlib.suppress(FileExistsError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(new_key() + "\n")
+    """The key in a file that only this user can read; made where there is none.
+
+    The file is there with its key or not at all, for servers on other machines with the same home. Raises ConfigError where
+    others can read it, or it is empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        aside = path.with_name(f"{path.name}.{new_key()[:8]}")
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(new_key() + "\n")
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        finally:
+            aside.unlink()
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"--key-file {path}: others can read it. Run: chmod 600 {path}, and take a new key.")
+    key = path.read_text(encoding="utf-8").strip()
+    if not key:
+        raise ConfigError(f"--key-file {path}: it is empty. Remove it, and a key is made.")
     say(f"the key is in {path}; runs need it: export {KEY_VARIABLE}=$(cat {path})")
-    return path.read_text(encoding="utf-8").strip()
+    return key
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

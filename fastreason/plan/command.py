@@ -14,12 +14,14 @@ from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError, DataError, ModelError
 from fastreason.metrics import read_metrics
 from fastreason.models import read_model_config, resolve_model
+from fastreason.placement import place
 from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
 from fastreason.plan.memory import GIB, TrainerSetup, engine_memory
 from fastreason.plan.report import against_lines, assumption_lines, plan_lines, summary_lines
 from fastreason.plan.shapes import Shape, named_shape, shape_of
 from fastreason.plan.split import Layout, Plan, layout_of, plan_gpus
 from fastreason.plan.times import Workload
+from fastreason.resources import num_engines
 
 SHORT_LINE = 384  # tokens, as in policy.py: lines up to which auto takes eager attention on a CPU
 SKIPPED = 1  # of a run's first steps: they hold what is made once
@@ -101,6 +103,7 @@ def setup_of(config: Config, device: Device, ranks: int, work: Workload) -> Trai
         itemsize=device.itemsize,
         checkpointing=config.model.gradient_checkpointing,
         offload=config.train.offload != "none",
+        offload_weights=config.train.offload == "cpu_weights",
         fused=not device.is_cpu and config.model.liger != "off",
         scores=round(work.line) if device.is_cpu and work.line <= SHORT_LINE else 0,
         on_gpu=not device.is_cpu,
@@ -136,31 +139,44 @@ def measured_machine(options: argparse.Namespace, config: Config, shape: Shape) 
         len(parse_cores(text, key)) if text else 1
         for text, key in ((train.cores, "train.cores"), (rollout.cores, "rollout.cores"))
     ]
-    found = calibrate(
-        shape, choose_dtype(config.model.dtype, "cpu"), train.threads or threads[0], threads[1], DECODE_ROWS
-    )
+    each = max(1, threads[1] // num_engines(config))  # as engine_shares divides them
+    found = calibrate(shape, choose_dtype(config.model.dtype, "cpu"), train.threads or threads[0], each, DECODE_ROWS)
     if options.calibrate:
         write_calibration(found, Path(options.calibrate))
     return Machine(found.device, found.rates)
 
 
 def plan_of(config: Config, shape: Shape, machine: Machine, work: Workload, gpus: int) -> Plan:
-    """On GPUs the search; on a CPU the config's own engine and ranks, beside each other."""
+    """On GPUs the search; on a CPU the config's own engines and ranks."""
     device, rates = machine.device, machine.rates
     if device.is_cpu:
-        return Plan(shape, 2, own_layout(config, shape, machine, work), None, alone=True)
+        own = own_layout(config, shape, machine, work)
+        split, colocated = (None, own) if own.colocated else (own, None)
+        return Plan(shape, own.num_gpus, split, colocated, alone=True)
     wanted = setup_of(config, device, config.train.ranks, work)
     return plan_gpus(shape, device, rates, work, wanted, gpus, config.rollout.tensor_parallel, config.rollout.transport)
 
 
 def own_layout(config: Config, shape: Shape, machine: Machine, work: Workload) -> Layout:
-    """The config's own: one engine beside its ranks."""
+    """The config's own: its engines beside its ranks, or in turn with them where they sleep."""
     device, rates, rollout = machine.device, machine.rates, config.rollout
+    asleep = place(config, "cpu" if device.is_cpu else "cuda").sleeps
     engine = engine_memory(shape, device, rates, rollout.tensor_parallel, device.itemsize)
     if device.is_cpu:
         engine["kv cache"] = rollout.kv_cache_gib * GIB
     setup = setup_of(config, device, config.train.ranks, work)
-    return layout_of(shape, device, rates, work, setup, engine, 1, rollout.tensor_parallel, rollout.transport)
+    return layout_of(
+        shape,
+        device,
+        rates,
+        work,
+        setup,
+        engine,
+        num_engines(config),
+        rollout.tensor_parallel,
+        rollout.transport,
+        colocated=asleep,
+    )
 
 
 def against(run_dir: Path, options: argparse.Namespace) -> list[str]:
@@ -198,8 +214,8 @@ def estimates(config: Config, shape: Shape, machine: Machine, work: Workload) ->
     return {
         "train_s": times.train_s,
         "generate_s": times.steady_s if config.rollout.max_staleness else times.generate_s,
-        "publish_s": times.publish_s,
-        "step_s": times.async_s if config.rollout.max_staleness else times.sync_s,
+        "publish_s": times.publish_s + layout.swap_s / 2,  # the engines wake in it, and fall asleep before the updates
+        "step_s": times.async_s if config.rollout.max_staleness else times.sync_s + layout.swap_s,
         "peak_gib": sum(layout.trainer.values()) / GIB + machine.rates.reserve_gib,
     }
 

@@ -23,7 +23,8 @@ LOGITS_BYTES_GPU, LOGITS_BYTES_CPU = 2_500_000_000, 256 << 20
 class TrainerSetup:
     """How a trainer keeps its model. itemsize: bytes of a weight, 2 (bf16 with fp32 masters) or 4.
 
-    fused: RMSNorm and SwiGLU of liger-kernel. scores: tokens of a line whose attention scores are kept (eager), or 0.
+    offload, offload_weights: what is on the host, optimizer and gradients' sums, or the weights too. fused: RMSNorm and SwiGLU
+    of liger-kernel. scores: tokens of a line whose attention scores are kept (eager), or 0.
     """
 
     ranks: int = 1
@@ -31,6 +32,7 @@ class TrainerSetup:
     itemsize: int = 2
     checkpointing: bool = False
     offload: bool = False
+    offload_weights: bool = False
     fused: bool = True
     scores: int = 0
     on_gpu: bool = True
@@ -44,10 +46,12 @@ class TrainerSetup:
 def trainer_memory(shape: Shape, setup: TrainerSetup, tokens: float, head_tokens: float) -> Parts:
     """Bytes of one rank at the peak of a micro-batch of `tokens` tokens, `head_tokens` of which are responses'.
 
-        weights       b P                      / n at stage 3
-        gradients     4 P fp32 sums            / n from stage 2 on; and 2 P of backward's own in bf16 below stage 2
+        weights       b P                      / n at stage 3; 0 on the device where they are offloaded
+        gradients     4 P fp32 sums            / n from stage 2 on; 0 where the optimizer is offloaded; and 2 P of backward's
+                                               own in bf16 below stage 2
         optimizer     4 P masters + 8 P Adam   / n from stage 1 on; 0 on the device where it is offloaded
-        buckets       2 b bucket from stage 1 on, and at stage 3 at most 1e9 gathered parameters
+        buckets       2 b bucket from stage 1 on
+        gathered      at stage 3 at most 1e9 parameters, where the others are on other ranks or on the host
         activations   see layer_bytes
         loss          see loss_bytes
 
@@ -60,12 +64,13 @@ def trainer_memory(shape: Shape, setup: TrainerSetup, tokens: float, head_tokens
     masters = 4 if b == 2 or stage else 0
     own_gradients = 2 if b == 2 and stage < 2 else 0
     bucket = max(1_000_000, min(MAX_BUCKET, num // 8))
-    gathered = min(num, MAX_GATHERED) * b if stage == 3 and ranks > 1 else 0
+    gathered = min(num, MAX_GATHERED) * b if stage == 3 and (ranks > 1 or setup.offload_weights) else 0
     return {
-        "weights": b * num / sharded["weights"],
-        "gradients": 4 * num / sharded["gradients"] + own_gradients * num,
+        "weights": 0.0 if setup.offload_weights else b * num / sharded["weights"],
+        "gradients": (0.0 if setup.offload else 4 * num / sharded["gradients"]) + own_gradients * num,
         "optimizer": 0.0 if setup.offload else (masters + 8) * num / sharded["optimizer"],
-        "buckets": (2 * b * bucket if stage else 0) + gathered,
+        "buckets": 2 * b * bucket if stage else 0,
+        "gathered": gathered,
         "activations": activation_bytes(shape, setup, tokens),
         "loss": loss_bytes(shape, setup, head_tokens),
     }
@@ -108,7 +113,7 @@ def whole_logits_bytes(shape: Shape, head_tokens: float) -> float:
     return 3 * 4.0 * head_tokens * shape.vocab
 
 
-TRANSIENT = ("activations", "loss")  # a rank's parts that it has only while it computes
+TRANSIENT = ("gathered", "activations", "loss")  # a rank's parts that it has only while it computes
 
 
 def resident_parts(parts: Parts) -> Parts:

@@ -46,7 +46,8 @@ def memory_lines(layout: Layout, shape: Shape, work: Workload, rates: Rates, dev
     setup = layout.setup
     of_responses = work.micro_batch(setup.ranks) * work.response_share
     kept = ", checkpointing" if setup.checkpointing else ""
-    kept += ", optimizer on the host" if setup.offload else ""
+    host = ["optimizer"] * setup.offload + ["weights"] * setup.offload_weights
+    kept += f", {' and '.join(host)} on the host" if host else ""
     trainer, engine = layout.trainer, layout.engine
     if layout.colocated:
         trainer = {**trainer, "engine, asleep": rates.asleep_gib * GIB}

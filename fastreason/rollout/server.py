@@ -4,6 +4,7 @@ It holds the port, the key and the number of starts; what the server is told is 
 is started again the launcher's.
 """
 
+import errno
 import secrets
 import socket
 from collections.abc import Callable
@@ -23,26 +24,24 @@ def new_key() -> str:
     return secrets.token_urlsafe(32)
 
 
-def hold_port(port: int, host: str = LOOPBACK) -> socket.socket:
+def hold_port(port: int, host: str = LOOPBACK, key: str = "rollout.port") -> socket.socket:
     """A socket bound to a port (0: any free one), never listening: nobody else is given the port meanwhile.
 
-    Bound with SO_REUSEADDR like the servers' own, which may then share it; with SO_REUSEPORT they could not.
+    Bound with SO_REUSEADDR like the servers' own, which may then share it; with SO_REUSEPORT they could not. Raises EngineError
+    where it cannot be had, which names `key`: what the port comes from.
     """
     hold = socket.socket()
     hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    hold.bind((host, port))
+    try:
+        hold.bind((host, port))
+    except OSError as error:
+        hold.close()
+        if error.errno == errno.EADDRINUSE:
+            said = f": the port is in use on {host}. Choose another, or 0 for any free one."
+        else:
+            said = f", host {host}: {error.strerror}. The host must be an address of this machine, the port an allowed one."
+        raise EngineError(f"{key}={port}{said}") from error
     return hold
-
-
-def port_is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Whether no socket listens there, or holds it without sharing."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
 
 
 class EngineServer:
@@ -50,7 +49,7 @@ class EngineServer:
 
     `command` makes the command line for a port (it holds no secret), `explain` says from the log of one start why it ended.
     `instance` counts the starts: the process gets it, after `label`, by environment and puts it on every answer. Raises
-    EngineError when `rollout.port` is in use at `host`.
+    EngineError when `rollout.port` (`port_key`, where it comes from another key) cannot be had at `host`.
     """
 
     def __init__(
@@ -65,13 +64,10 @@ class EngineServer:
         explain: Callable[[str], str],
         host: str = LOOPBACK,
         label: str = "",
+        port_key: str = "rollout.port",
     ) -> None:
-        if config.port and not port_is_free(config.port, host):
-            raise EngineError(
-                f"rollout.port={config.port}: the port is in use on {host}. Choose another, or 0 for any free one."
-            )
         self.name, self._label = name, label
-        self._hold = hold_port(config.port, host)
+        self._hold = hold_port(config.port, host, port_key)
         self.port: int = self._hold.getsockname()[1]
         self.url = f"http://{LOOPBACK if host == ANY_HOST else host}:{self.port}"
         self.child: Child | None = None

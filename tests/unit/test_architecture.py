@@ -67,7 +67,7 @@ ALLOWED = {
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
-    "plan": FOUNDATION | {"metrics", "models", "preflight", "placement"},
+    "plan": FOUNDATION | {"metrics", "models", "preflight", "placement", "resources"},
     "credit": MEANING | PLUMBING,
     "frozen": MEANING | PLUMBING | {"policy", "lora", "body"},
     "critic": MEANING | PLUMBING | {"policy", "update", "body"},

@@ -195,6 +195,33 @@ def test_a_finished_run_is_not_resumed_but_may_be_longer(config, capsys):
     assert (run / "config.yaml").read_text() == before, "a dry run changed the run"
 
 
+def test_a_resumed_run_says_how_gpus_are_shared_and_takes_paths_from_where_it_is_called(config, launched, capsys):
+    run = saved_run(config.parent, steps_done=2)
+    (config.parent / "exchange").mkdir()
+    shared = ["resources.mode=colocated", "rollout.transport=file", "rollout.exchange_dir=exchange"]
+    assert cli.main(["train", "--resume", "run", *shared]) == 0 and len(launched) == 1
+    assert "\ncolocated, at the same time" in capsys.readouterr().out
+    assert load_config(run / "config.yaml").rollout.exchange_dir == str(config.parent / "exchange")
+
+
+def test_the_check_of_memory_hears_of_all_machines(config, monkeypatch):
+    """A dry run too, which starts no launcher."""
+    heard = []
+
+    def note(config, **keys):
+        heard.append(keys["nodes"])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("fastreason.preflight.preflight", note)
+    assert cli.main(["train", "c.yaml"]) == 2
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "c.yaml", "--dry-run"]) == 2
+    monkeypatch.setattr("fastreason.nodes.lead", lambda node, run: run(None))
+    assert cli.main(["train", "c.yaml"]) == 2
+    assert heard == [1, 4, 4]
+
+
 def test_a_run_without_a_checkpoint_begins_again(config, launched, capsys):
     run = config.parent / "run"
     run.mkdir()

@@ -92,6 +92,29 @@ def test_what_cannot_work_is_found_before_a_model_loads(make, sections, error, m
         preflight(make(**sections))
 
 
+def test_one_phase_alone_shares_no_gpu_and_a_trainer_alone_needs_no_engine(make, monkeypatch):
+    """The model has no room beside a trainer, or its engines are elsewhere and their key is not here."""
+    from fastreason.plan import sharing
+
+    def refuse(*_, **__):
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(sharing, "check_sharing", refuse)
+    monkeypatch.setattr("fastreason.preflight.choose_device", lambda wanted: "cuda")
+    shared = make(train={"device": "auto"})
+    with pytest.raises(ConfigError, match="no room"):
+        preflight(shared)
+    for only in ("rollout", "train"):
+        decisions, _ = preflight(shared, only=only)
+        assert (decisions.placement.mode, decisions.placement.sleeps, decisions.notes) == ("split", False, ())
+    monkeypatch.undo()
+    elsewhere = make(resources={"urls": ["http://node1:8000"]}, train={"device": "cpu"})
+    for only in (None, "rollout"):
+        with pytest.raises(ConfigError, match=r"resources\.urls with rollout\.transport=auto"):
+            preflight(elsewhere, only=only)
+    preflight(elsewhere, only="train")
+
+
 def test_a_missing_column_is_found_before_a_model_loads(make, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"question": "1 + 1", "answer": "2"}\n')

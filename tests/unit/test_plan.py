@@ -18,7 +18,7 @@ from fastreason.cli import main
 from fastreason.config import load_config
 from fastreason.errors import ConfigError, ModelError
 from fastreason.placement import Placement, place
-from fastreason.plan import calibration, memory, sharing
+from fastreason.plan import calibration, command, memory, sharing
 from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
 from fastreason.plan.memory import GIB, TrainerSetup, engine_memory, layer_bytes, loss_bytes, trainer_memory
 from fastreason.plan.shapes import SHAPES, Shape, named_shape, shape_of
@@ -131,10 +131,15 @@ def test_the_memory_of_a_rank_by_hand():
     one = parts(ranks=4, zero_stage=0)  # bf16 at stage 0 runs as stage 1
     assert one["weights"] == 776 and one["gradients"] == 6 * 388 and one["optimizer"] == 3 * 388
     three = parts(ranks=4, zero_stage=3)
-    assert three["weights"] == 194 and three["buckets"] == 4e6 + 776
+    assert three["weights"] == 194 and (three["buckets"], three["gathered"]) == (4e6, 776)
     fp32 = parts(ranks=4, zero_stage=0, itemsize=4)
     assert [fp32[part] for part in ("weights", "gradients", "optimizer", "buckets")] == [1552, 1552, 8 * 388, 0]
-    assert parts(zero_stage=2, offload=True)["optimizer"] == 0
+    host = parts(zero_stage=2, offload=True)
+    assert (host["weights"], host["gradients"], host["optimizer"], host["gathered"]) == (776, 0, 0, 0)
+    assert parts(zero_stage=1, offload=True)["gradients"] == 2 * 388, "backward's own"
+    host = parts(zero_stage=3, offload=True, offload_weights=True)
+    assert (host["weights"], host["gradients"], host["optimizer"]) == (0, 0, 0)
+    assert host["gathered"] == 776, "one rank too has them from elsewhere"
     # A layer and token: 2 (4 4 + 2 4 + 2 2 + 3 8) = 104.
     assert two["activations"] == 10 * 2 * 104
     assert parts(checkpointing=True)["activations"] == 10 * (2 * 2 * 4 + 104)
@@ -304,10 +309,10 @@ def test_colocated_engines_have_the_room_that_the_trainer_leaves_and_the_reverse
         return in_turn(TOY, replace(room, memory=num_bytes), rates, work, wanted, 1, 1, "shm")
 
     kept = at(resting / 0.9)
-    assert kept.setup.offload and kept.engine["kv cache"] == pytest.approx(388 * 12 - 2 * 388), (
+    assert kept.setup.offload and kept.engine["kv cache"] == pytest.approx(388 * 16 - 2 * 388), (
         "else it has no KV cache"
     )
-    least = (resting - 388 * 12 + 2 * 388) / 0.9
+    least = (resting - 388 * 16 + 2 * 388) / 0.9
     assert at(least) is None and at(least + 2000) is not None
     peak = sum(kept.trainer.values())
     full = replace(rates, memory_share=1.0, asleep_gib=(least - peak) / GIB)
@@ -340,7 +345,9 @@ def test_the_recipe_of_one_gpu_has_room_on_80_gb_and_sleeps(tmp_path):
 
 def test_a_reference_beside_the_policy_counts(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(sharing, "check_sharing", lambda config, placement, copies: asked.update(copies=copies) or [])
+    monkeypatch.setattr(
+        sharing, "check_sharing", lambda config, placement, copies, nodes: asked.update(copies=copies) or []
+    )
     kl = ["algorithm.kl=k3", "algorithm.kl_coef=0.1"]
     for overrides, copies in (
         ([], []),
@@ -377,6 +384,23 @@ def test_a_reference_beside_the_policy_counts(tmp_path, monkeypatch):
 def test_what_cannot_fit_on_one_gpu_is_an_error_with_figures(tmp_path, overrides, memory, words):
     with pytest.raises(ConfigError, match=words):
         sharing.check_sharing(shared_config(tmp_path, *overrides), SHARED, memory)
+
+
+def test_what_is_on_the_host_or_on_other_machines_is_not_beside_the_engine(tmp_path):
+    def held(*overrides, nodes=1):
+        config = shared_config(tmp_path, "train.zero_stage=3", *overrides)
+        return memory.resident_bytes(sharing.trainer_parts(config, nodes=nodes)) / GIB
+
+    assert held() == pytest.approx(26.6, abs=0.1)
+    buckets = 4 * 1543714304 // 8 / GIB
+    assert held("train.offload=cpu") == pytest.approx(held() * 2 / 18 + buckets * 16 / 18, abs=0.1)
+    assert held("train.offload=cpu_weights") == pytest.approx(buckets, abs=0.1)
+    assert held(nodes=4) - buckets == pytest.approx((held() - buckets) / 4, rel=1e-6)
+    tight = ["train.zero_stage=3", "rollout.gpu_memory_utilization=0.8"]
+    with pytest.raises(ConfigError, match=r"beside it the trainer holds"):
+        sharing.check_sharing(shared_config(tmp_path, *tight), SHARED, 40e9)
+    assert sharing.check_sharing(shared_config(tmp_path, *tight, "train.offload=cpu_weights"), SHARED, 40e9) == []
+    assert sharing.check_sharing(shared_config(tmp_path, *tight), SHARED, 40e9, nodes=16) == []
 
 
 def test_what_may_not_fit_on_one_gpu_is_a_warning_with_figures(tmp_path):
@@ -483,6 +507,48 @@ def test_what_the_command_cannot_plan_it_says(capsys, arguments, said):
     config = str(ROOT / "configs" / "math_grpo_gpu.yaml")
     code, text = plan(capsys, *[config if argument == "C" else argument for argument in arguments])
     assert code == 2 and said in text
+
+
+@pytest.mark.parametrize(
+    ("engines", "cores", "threads"), [(None, "0-3", 4), (2, "0-3", 2), (4, "0-3", 1), (2, None, 1)]
+)
+def test_a_calibration_gives_an_engine_the_threads_of_its_share(tmp_path, monkeypatch, engines, cores, threads):
+    asked = []
+    found = SimpleNamespace(device=DEVICE, rates=EXACT)
+    monkeypatch.setattr(calibration, "calibrate", lambda shape, dtype, *figures: asked.append(figures) or found)
+    keys = [f"rollout.cores={cores or 'null'}", f"resources.engines={engines or 'null'}", "train.threads=3"]
+    config = load_config(ROOT / "configs" / "quickstart.yaml", keys)
+    command.measured_machine(SimpleNamespace(calibrate=""), config, TOY)
+    assert asked == [(3, threads, command.DECODE_ROWS)]
+
+
+def test_the_estimate_of_a_run_has_its_engines_and_their_sleep(tmp_path):
+    machine = command.Machine(DEVICES["h100"], Rates())
+    shape = named_shape("1.5b")
+
+    def estimate(*overrides):
+        config = shared_config(tmp_path, *overrides)
+        work = command.workload_of(config, None, None, on_cpu=False)
+        return command.own_layout(config, shape, machine, work), command.estimates(config, shape, machine, work)
+
+    apart, its = estimate("resources.sleep=off")
+    asleep, slept = estimate()
+    swap_s = 2 * machine.rates.sleep_s
+    assert (apart.colocated, apart.swap_s, asleep.colocated, asleep.swap_s) == (False, 0, True, swap_s) and swap_s > 0
+    assert slept["publish_s"] == pytest.approx(its["publish_s"] + swap_s / 2), (
+        "measured with them: waking, not falling asleep"
+    )
+    assert slept["step_s"] == pytest.approx(its["step_s"] + swap_s)
+    four, fast = estimate("resources.engines=4", "rollout.gpus=0-3", "train.gpus=0-3", "train.ranks=4")
+    assert (four.engines, four.num_gpus) == (4, 4) and fast["generate_s"] < 0.7 * slept["generate_s"]
+
+
+def test_a_plan_for_a_cpu_has_the_engines_of_its_config():
+    device = replace(DEVICES["h100"], is_cpu=True, itemsize=4)
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["resources.engines=3"])
+    work = command.workload_of(config, None, None, on_cpu=True)
+    found = command.plan_of(config, TOY, command.Machine(device, EXACT), work, 1)
+    assert (found.split.engines, found.gpus, found.colocated) == (3, 4, None)
 
 
 def test_a_run_is_compared_with_its_own_estimate(tmp_path, capsys, measured):

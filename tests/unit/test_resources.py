@@ -113,6 +113,34 @@ def test_what_cannot_be_is_refused_with_the_key(sections, device, message):
         check_resources(make(**sections), device)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://[node1]:8000", "http://node1:80000", "http://node1:abc", "http://node1:0", "http://", "ftp://node1"]
+)
+def test_an_address_that_can_be_none_is_refused_with_its_place(url):
+    config = make(resources={"urls": [URLS[0], url]}, rollout=REMOTE)
+    with pytest.raises(ConfigError) as caught:
+        check_resources(config, "cpu")
+    assert str(caught.value).startswith(
+        f"resources.urls[1]: {url!r} is no address of a server. Write e.g. http://node1:8000"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:SECRET@host",
+        "http://:SECRET@host",
+        "http://me:SECRET@[node1]",
+        "http://h?key=SECRET",
+        "http://h/#SECRET",
+    ],
+)
+def test_an_address_with_a_secret_in_it_is_refused_and_not_said(url):
+    with pytest.raises(ConfigError, match=r"^resources\.urls\[0\]: is no address.*FASTREASON_ENGINE_KEY") as caught:
+        check_resources(make(resources={"urls": [url]}, rollout=REMOTE), "cpu")
+    assert "SECRET" not in str(caught.value)
+
+
 def test_engines_elsewhere_need_their_key_in_the_environment(monkeypatch):
     config = make(resources={"urls": URLS}, rollout=REMOTE)
     check_resources(config, "cpu")
@@ -124,6 +152,15 @@ def test_engines_elsewhere_need_their_key_in_the_environment(monkeypatch):
 def test_lists_of_cores_are_written_as_short_as_they_are_read():
     for text in ("0", "0-3", "0,2,4-7", "1-2,5"):
         assert cores_text(parse_cores(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("offload", "how"),
+    [("cpu", "ZeRO-3, optimizer on the cpu"), ("cpu_weights", "ZeRO-3, optimizer and weights on the cpu")],
+)
+def test_the_table_says_what_is_on_the_host(offload, how):
+    config = make(train={"zero_stage": 3, "offload": offload})
+    assert resource_table(config, "cpu")[-1].endswith(f"  {how}")
 
 
 def test_the_table_says_who_runs_where():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastreason import cli
+from fastreason import cli, serve
 from fastreason.arguments import build_parser
 from fastreason.errors import ConfigError
 from fastreason.resources import KEY_VARIABLE
@@ -44,6 +44,9 @@ def test_the_runs_own_config_is_taken_but_for_what_the_run_alone_needs(tmp_path)
         (["/m", "--exchange-dir", "/no/such"], r"--exchange-dir /no/such: no such folder"),
         (["/m", "--exchange-dir", "/tmp", "rollout.engine=hf"], r"rollout\.engine=hf is no server"),
         (["/m", "--exchange-dir", "/tmp", "rollout.prot=1"], r"rollout\.prot: unknown key.*did you mean 'port'"),
+        (["/m", "--exchange-dir", "/tmp", "resources.engines=2"], r"resources\.engines=2: one server .*Leave it out"),
+        (["/m", "--exchange-dir", "/tmp", "--port", "70000"], r"serve: --port 70000: there is no such port"),
+        (["/m", "--exchange-dir", "/tmp", "--port=-1"], r"serve: --port -1: there is no such port"),
         (["/m", "--exchange-dir", "/tmp", "rollout.cores=0-2", "rollout.tensor_parallel=2"], r"no even share"),
     ],
 )
@@ -53,12 +56,39 @@ def test_what_cannot_be_served_is_refused(words, message, capsys):
     assert cli.main(["serve", *words]) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
+def test_the_help_says_the_longest_sequence_without_a_config(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert f"else the model's, {serve.LONGEST} at most" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_key_is_made_once_in_a_file_that_only_its_user_can_read(tmp_path, capsys):
     path = tmp_path / "new" / "key"
     key = kept_key(path)
     assert len(key) > 30 and kept_key(path) == key and path.stat().st_mode & 0o777 == 0o600
     said = capsys.readouterr().err
     assert key not in said and f"export {KEY_VARIABLE}=$(cat {path})" in said
+    assert [file.name for file in path.parent.iterdir()] == ["key"]
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match=r"it is empty\. Remove it"):
+        kept_key(path)
     path.chmod(0o640)
     with pytest.raises(ConfigError, match=r"others can read it\. Run: chmod 600"):
         kept_key(path)
+
+
+def test_a_key_that_two_servers_make_at_once_is_whole_and_the_same(tmp_path, monkeypatch, capsys):
+    path, seen = tmp_path / "key", []
+
+    def another(number=32):
+        """Between this server's look and its file, another one of the same home starts."""
+        if len(seen) < 1:
+            seen.append("")
+            assert not path.exists(), "a file without its key could be read"
+            seen[0] = kept_key(path)
+        return f"{len(seen)}-{next(numbers):040}"
+
+    numbers = iter(range(9))
+    monkeypatch.setattr(serve, "new_key", another)
+    assert kept_key(path) == seen[0] == path.read_text().strip()
+    assert [file.name for file in tmp_path.iterdir()] == ["key"]

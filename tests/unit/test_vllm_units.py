@@ -9,7 +9,7 @@ import pytest
 from fastreason.config import Config, RolloutConfig
 from fastreason.errors import EngineError
 from fastreason.exchange import EXCHANGE_VARIABLE
-from fastreason.rollout.server import EngineServer, hold_port, new_key, port_is_free
+from fastreason.rollout.server import EngineServer, hold_port, new_key
 from fastreason.rollout.stamps import Mark, Stamps, stamp_versions
 from fastreason.rollout.vllm import make_server
 from fastreason.rollout.vllm_middleware import (
@@ -121,11 +121,12 @@ def test_a_held_port_is_nobody_elses_and_can_be_shared_by_the_server():
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("127.0.0.1", port))
         server.listen()
-        assert not port_is_free(port)
+        with pytest.raises(EngineError, match="in use"):
+            hold_port(port)
         with socket.create_connection(("127.0.0.1", port), timeout=5):
             server.accept()[0].close()
     hold.close()
-    assert port_is_free(port)
+    hold_port(port).close()
 
 
 def test_a_port_in_use_is_refused_with_the_key():
@@ -135,6 +136,31 @@ def test_a_port_in_use_is_refused_with_the_key():
         port = taken.getsockname()[1]
         with pytest.raises(EngineError, match=rf"rollout\.port={port}: the port is in use.*0 for any free one"):
             vllm_server(Path("log"), port=port)
+
+
+@pytest.mark.parametrize(("port", "host"), [(0, "192.0.2.1"), (8123, "192.0.2.1"), (0, "no-such-host.invalid")])
+def test_a_host_that_is_not_this_machine_is_refused_as_such(port, host, monkeypatch):
+    if "invalid" in host:  # as the resolver says it, which is not asked
+        monkeypatch.setattr(socket, "socket", UnknownHost)
+    words = rf"^--port={port}, host {host}: .+\. The host must be an address of this machine"
+    with pytest.raises(EngineError, match=words) as caught:
+        EngineServer(
+            "toy",
+            said(""),
+            {},
+            Path("log"),
+            RolloutConfig(port=port),
+            key=KEY,
+            explain=str,
+            host=host,
+            port_key="--port",
+        )
+    assert "in use" not in str(caught.value)
+
+
+class UnknownHost(socket.socket):
+    def bind(self, address):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
 # A server that is started again
