@@ -8,7 +8,6 @@ how each has ended. No key is among it. This module refuses to know processes, c
 
 import contextlib
 import json
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -124,11 +123,11 @@ def free_port() -> int:
 
 
 class Request(Protocol):
-    """A request to stop, as signals make it."""
+    """A request to stop, as signals make it, or other nodes."""
 
     number: int | None
 
-    def __call__(self, number: int, frame: None) -> None: ...
+    def hear(self) -> None: ...
 
 
 @dataclass
@@ -280,14 +279,10 @@ def heed(link: Link | None, request: Request) -> Callable[[], None]:
         return lambda: None
     known = link
 
-    def stop() -> None:
-        if request.number is None:
-            request(signal.SIGTERM, None)
-
     def hear() -> None:
         if request.number is not None:
             known.request_stop()
         known.look()
 
-    link.on_stop = stop
+    link.on_stop = request.hear
     return hear

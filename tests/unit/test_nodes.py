@@ -104,6 +104,13 @@ def looks(link, seconds):
         time.sleep(0.02)
 
 
+def until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.02)
+
+
 def test_what_the_first_machine_announces_arrives(pair):
     first, second = pair
     threading.Timer(0.1, first.announce, [{"run_dir": "/runs/a", "port": 7}]).start()
@@ -155,6 +162,19 @@ def test_a_signal_to_one_machine_stops_all(pair):
     assert requests[0].number == signal.SIGTERM
     assert not any(request.urgent for request in requests), "heard twice, it must not become urgent"
     heed(None, requests[0])()
+
+
+def test_a_signal_of_one_s_own_after_another_machine_s_is_the_first(pair):
+    """Slurm sends all nodes the same signal, and that of another may be heard before it."""
+    request = StopRequest()
+    hear = heed(pair[0], request)
+    pair[1].request_stop()
+    until(lambda: (hear(), request.number is not None)[1])
+    request(signal.SIGTERM, None)
+    assert request.number == signal.SIGTERM and not request.urgent
+    hear()
+    request(signal.SIGTERM, None)
+    assert request.urgent
 
 
 def test_the_first_machine_s_error_has_what_went_wrong_on_others(monkeypatch):
