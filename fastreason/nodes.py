@@ -32,6 +32,7 @@ VARIABLES = (
     "MASTER_PORT",
     "GROUP_RANK",
     "ROLE_RANK",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
 )
 PREFIXES = ("TORCHELASTIC_", "PET_", "CROSS_")
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun has a store at that address already
@@ -66,12 +67,13 @@ class Place:
 def node_of(environment: Mapping[str, str]) -> Node | None:
     """The node that an outer launcher says this is; None on one machine alone. Raises ConfigError for what cannot be.
 
-    torchrun and deepspeed: RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Slurm's srun: SLURM_PROCID and SLURM_NTASKS, and
-    the same two, which its script sets.
+    torchrun and deepspeed: RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Slurm's srun: SLURM_PROCID and
+    SLURM_STEP_NUM_TASKS, and the same two, which its script sets. (SLURM_NTASKS is the allocation's: in an interactive shell
+    there, which is a step of one task, it names more.)
     """
     names = ("RANK", "WORLD_SIZE")
     if "WORLD_SIZE" not in environment and "SLURM_STEP_ID" in environment:
-        names = ("SLURM_PROCID", "SLURM_NTASKS")
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     try:
         index, num = (int(environment.get(name, default)) for name, default in zip(names, ("0", "1"), strict=True))
     except ValueError:
