@@ -8,7 +8,6 @@ how each has ended. No key is among it. This module refuses to know processes, c
 
 import contextlib
 import json
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -33,6 +32,7 @@ VARIABLES = (
     "MASTER_PORT",
     "GROUP_RANK",
     "ROLE_RANK",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
 )
 PREFIXES = ("TORCHELASTIC_", "PET_", "CROSS_")
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun has a store at that address already
@@ -67,12 +67,13 @@ class Place:
 def node_of(environment: Mapping[str, str]) -> Node | None:
     """The node that an outer launcher says this is; None on one machine alone. Raises ConfigError for what cannot be.
 
-    torchrun and deepspeed: RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Slurm's srun: SLURM_PROCID and SLURM_NTASKS, and
-    the same two, which its script sets.
+    torchrun and deepspeed: RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Slurm's srun: SLURM_PROCID and
+    SLURM_STEP_NUM_TASKS, and the same two, which its script sets. (SLURM_NTASKS is the allocation's: in an interactive shell
+    there, which is a step of one task, it names more.)
     """
     names = ("RANK", "WORLD_SIZE")
     if "WORLD_SIZE" not in environment and "SLURM_STEP_ID" in environment:
-        names = ("SLURM_PROCID", "SLURM_NTASKS")
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     try:
         index, num = (int(environment.get(name, default)) for name, default in zip(names, ("0", "1"), strict=True))
     except ValueError:
@@ -124,11 +125,11 @@ def free_port() -> int:
 
 
 class Request(Protocol):
-    """A request to stop, as signals make it."""
+    """A request to stop, as signals make it, or other nodes."""
 
     number: int | None
 
-    def __call__(self, number: int, frame: None) -> None: ...
+    def hear(self) -> None: ...
 
 
 @dataclass
@@ -280,14 +281,10 @@ def heed(link: Link | None, request: Request) -> Callable[[], None]:
         return lambda: None
     known = link
 
-    def stop() -> None:
-        if request.number is None:
-            request(signal.SIGTERM, None)
-
     def hear() -> None:
         if request.number is not None:
             known.request_stop()
         known.look()
 
-    link.on_stop = stop
+    link.on_stop = request.hear
     return hear

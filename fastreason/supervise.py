@@ -31,16 +31,26 @@ AT_ITS_END_S = 3.0  # a process that ends so shortly before the main one was no 
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second one means now."""
+    """Remembers the first SIGINT or SIGTERM; a second one means now.
+
+    What another machine was asked is `heard` as a SIGTERM and is no first one of this process: where all are sent the same
+    signal, as by Slurm, the own one may come after it.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.heard = False
         self.urgent = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self.number is not None and not self.heard:
             self.urgent = True
-        self.number = self.number or number
+        self.heard, self.number = False, self.number or number
+
+    def hear(self) -> None:
+        """Take another machine's request as one of our own, where there is none yet."""
+        if self.number is None:
+            self.number, self.heard = int(signal.SIGTERM), True
 
     @property
     def exit_code(self) -> int:

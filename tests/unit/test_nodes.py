@@ -19,7 +19,8 @@ from fastreason.supervise import StopRequest
 ROOT = Path(__file__).resolve().parents[2]
 STORE = {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
 TORCHRUN = {**STORE, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-SLURM = {**STORE, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
+SLURM = {**STORE, "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
+SLURM["SLURM_STEP_NUM_TASKS"] = "2"
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ SLURM = {**STORE, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"
         ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, Node(1, 2, "n0", 29500, has_store=True)),
         (SLURM, Node(1, 2, "n0", 29500)),
         ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, None),  # sbatch's own shell
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell in an allocation of several
         ({**SLURM, "RANK": "0", "WORLD_SIZE": "1"}, None),
     ],
 )
@@ -57,6 +59,7 @@ def test_what_an_outer_launcher_may_not_say(changes, message):
 
 def test_processes_of_the_run_do_not_take_themselves_for_the_outer_launcher_s():
     environment = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin", "SLURM_PROCID": "1"}
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "900"
     forget_launcher(environment)
     assert environment == {"PATH": "/bin", "SLURM_PROCID": "1"}
 
@@ -101,6 +104,13 @@ def looks(link, seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         link.look()
+        time.sleep(0.02)
+
+
+def until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come about"
         time.sleep(0.02)
 
 
@@ -157,6 +167,19 @@ def test_a_signal_to_one_machine_stops_all(pair):
     heed(None, requests[0])()
 
 
+def test_a_signal_of_one_s_own_after_another_machine_s_is_the_first(pair):
+    """Slurm sends all nodes the same signal, and that of another may be heard before it."""
+    request = StopRequest()
+    hear = heed(pair[0], request)
+    pair[1].request_stop()
+    until(lambda: (hear(), request.number is not None)[1])
+    request(signal.SIGTERM, None)
+    assert request.number == signal.SIGTERM and not request.urgent
+    hear()
+    request(signal.SIGTERM, None)
+    assert request.urgent
+
+
 def test_the_first_machine_s_error_has_what_went_wrong_on_others(monkeypatch):
     monkeypatch.setattr(nodes, "BEAT_S", 0.05)
     store = Shared()
@@ -191,6 +214,13 @@ def test_machines_meet_at_torch_s_own_store():
 
 # The scripts
 
+# What an outer launcher must find in its environment: srun takes the cores of a task from nothing else, and torchrun ends what
+# it was told to stop after 30 s, in which no checkpoint of a large model is written.
+GIVEN = {
+    "torchrun.sh": {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "900"},
+    "slurm.sbatch": {"SRUN_CPUS_PER_TASK": "64", "MASTER_ADDR": "n0", "MASTER_PORT": "20007"},
+}
+
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"])
 def test_a_launch_script_is_right(name, tmp_path):
@@ -200,7 +230,10 @@ def test_a_launch_script_is_right(name, tmp_path):
     said = tmp_path / "said"
     for outer in ("torchrun", "deepspeed", "srun", "scontrol"):
         stand_in = tmp_path / outer
-        stand_in.write_text(f'#!/bin/bash\n[ {outer} = scontrol ] && echo n0 && exit\necho {outer} "$@" >> {said}\n')
+        stand_in.write_text(
+            f'#!/bin/bash\n[ {outer} = scontrol ] && echo n0 && exit\necho {outer} "$@" >> {said}\n'
+            f"env > {said}.environment\n"
+        )
         stand_in.chmod(0o755)
     environment = {
         **os.environ,
@@ -209,7 +242,7 @@ def test_a_launch_script_is_right(name, tmp_path):
         "FIRST": "n0",
         "SLURM_NNODES": "2",
     }
-    environment |= {"SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64"}
     config = "configs/math_grpo_gpu.yaml"
     command = ["bash", str(script), config, "run.dir=/shared/runs"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=20)
@@ -220,6 +253,9 @@ def test_a_launch_script_is_right(name, tmp_path):
     assert (options.command, options.config, options.overrides[-1]) == ("train", config, "run.dir=/shared/runs")
     outer = words[: words.index("fastreason")]
     check_outer(outer[0], outer[1:])
+    given = dict(line.split("=", 1) for line in Path(f"{said}.environment").read_text().splitlines() if "=" in line)
+    for key, value in GIVEN.get(name, {}).items():
+        assert given.get(key) == value
 
 
 def check_outer(outer: str, flags: list[str]) -> None:
