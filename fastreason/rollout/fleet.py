@@ -144,7 +144,7 @@ class Fleet:
         alive = [engine for engine in self._engines if engine.is_alive]
         for engine in self._engines:
             engine.want(update)
-        results = await asyncio.gather(*(engine.try_load(update) for engine in alive), return_exceptions=True)
+        results = await asyncio.gather(*(self._load(engine, update) for engine in alive), return_exceptions=True)
         reports = [result for result in results if isinstance(result, LoadReport)]
         errors = [result for result in results if isinstance(result, EngineError)]
         for result in results:
@@ -152,9 +152,6 @@ class Fleet:
                 raise result
         if errors and len(errors) == len(alive):
             raise errors[0]
-        for engine, result in zip(alive, results, strict=True):
-            if isinstance(result, EngineError):
-                engine.leave(f"it could not load version {update.version}: {result}")
         if not reports:
             # Whoever is found first is found with these weights.
             await self._await_one(f"loading version {update.version}")
@@ -171,6 +168,14 @@ class Fleet:
             wake_s=max(report.wake_s for report in reports),
             total_s=total_s,
         )
+
+    async def _load(self, engine: Member, update: WeightUpdate) -> LoadReport:
+        try:
+            return await engine.try_load(update)
+        except EngineError as error:
+            # Now, and not when the slowest has loaded: what it holds may be neither version.
+            engine.leave(f"it could not load version {update.version}: {error}")
+            raise
 
     async def sleep(self) -> float:
         return await self._all("try_sleep")

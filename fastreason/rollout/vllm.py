@@ -119,7 +119,7 @@ class VllmEngine:
         resting: Callable[[], bool] | None = None,
     ) -> None:
         self.name, self.version, self.url = name, 0, url.rstrip("/")
-        self._verify, self._told = verify, asyncio.Event()
+        self._spare, self._verify, self._told = spare, verify, asyncio.Event()
         self._told.set()
         self._config, self._stamps = config, Stamps()
         self._transfer = make_transfer(config.transport, config.tensor_parallel)
@@ -342,7 +342,11 @@ class VllmEngine:
             await self._resume(connection)
 
     async def _load(self, connection: Connection, update: WeightUpdate) -> LoadReport:
-        """Pause, load, verify, resume, and stamp what is in flight from there on."""
+        """Pause, load, verify, resume, and stamp what is in flight from there on.
+
+        One of several that fails is not resumed: it may hold half of either version, and is left and revived.
+        """
+        resumes = True
         connection.allowance_s = update.num_bytes / SLOWEST_LOAD
         try:
             await self._transfer.prepare(connection, update)
@@ -358,9 +362,13 @@ class VllmEngine:
                 forgets = first.get("forgets_preempted", False)
                 self._stamps.switch(first["tokens_before"], update.version, num_resumes, forgets)
                 self.version = update.version
+            except EngineError:
+                resumes = not self._spare
+                raise
             finally:
                 # Also when we were told to stop before the pause was answered: it may have been heard.
-                await self._resume(connection)
+                if resumes:
+                    await self._resume(connection)
         finally:
             connection.allowance_s = 0.0
         report = LoadReport(
