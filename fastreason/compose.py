@@ -118,7 +118,7 @@ def run_producer(session: Session, config: Config) -> Outcome:
         )
         producer = Producer(
             rollouts,
-            make_engine(session, config, lambda event, detail: producer.note(event, detail)),
+            make_engine(session, config, lambda *event: producer.note(*event)),
             grading,
             books,
             held_out,

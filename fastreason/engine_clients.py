@@ -14,8 +14,11 @@ from fastreason.config import Config
 from fastreason.session import Session, request_restart
 
 
-def make_engine(session: Session, config: Config, on_event: Callable[[str, str], None]) -> Any:
-    """The client of the engine's server (vllm, fake) or of several, or the engine itself (hf), by name."""
+def make_engine(session: Session, config: Config, on_event: Callable[..., None]) -> Any:
+    """The client of the engine's server (vllm, fake) or of several, or the engine itself (hf), by name.
+
+    on_event: hears of (event, detail), and of several engines the address too.
+    """
     if not session.engine_urls:
         from fastreason.rollout.hf import HfEngine
 
@@ -44,6 +47,7 @@ def make_engine(session: Session, config: Config, on_event: Callable[[str, str],
                 spare=several,
                 log="see its log there" if remote else f"see logs/{label}.log in the run's folder",
                 resting=session.tenant_file.exists if session.sleeps else None,
+                given_up=session.given_up_file(label).exists,
                 key_hint=f": set {KEY_VARIABLE} to that of the server" if remote else "",
                 name=config.rollout.engine,
                 verify=verify,
@@ -67,6 +71,6 @@ def verify_remote(session: Session, config: Config) -> Any:
     return make_verify(mine, probe)
 
 
-def say_of_one(on_event: Callable[[str, str], None], url: str, event: str, detail: str) -> None:
+def say_of_one(on_event: Callable[[str, str, str], None], url: str, event: str, detail: str) -> None:
     """Pass on what has happened to one of several engines, with its address."""
-    on_event(event, detail if url in detail else f"{url}: {detail}")
+    on_event(event, detail if url in detail else f"{url}: {detail}", url)

@@ -4,6 +4,7 @@ It has a session folder of its own, for its ranks' signs of life and outcomes. T
 first machine's, on storage that all share; weights are published by the first alone.
 """
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from fastreason.config import load_config
 from fastreason.errors import ConfigError, FastreasonError, NodeError
 from fastreason.launch import folders, trainer_part
 from fastreason.nodes import Link, Node, Place, heed, open_store
+from fastreason.placement import Placement
 from fastreason.preflight import Decisions
+from fastreason.resources import KEY_VARIABLE
 from fastreason.session import SESSION_VARIABLE
 from fastreason.supervise import StopRequest, Supervisor
 
@@ -49,9 +52,11 @@ def run_ranks(link: Link, run: dict[str, Any], request: StopRequest) -> int:
             "that all machines share, under the same path."
         )
     config = load_config(run_dir / "config.yaml")
-    decisions = Decisions(device=run["device"], attention=run["attention"], liger=run["liger"])
+    placement = Placement("split", sleeps=run["sleeps"])
+    decisions = Decisions(device=run["device"], attention=run["attention"], liger=run["liger"], placement=placement)
     groups_dir = Path(run["groups_dir"]) if run["groups_dir"] else None
     place = Place(node.index, node.num, node.address, run["port"])
+    os.environ.pop(KEY_VARIABLE, None)  # ranks never talk to an engine
     with folders(config, run_dir, decisions, run["resume"], run["only"], groups_dir) as session:
         environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", SESSION_VARIABLE: str(session.write())}
         supervisor = Supervisor(config.run, session, request, heed(link, request))

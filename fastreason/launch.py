@@ -187,7 +187,8 @@ def folders(
 def announce(link: Link, session: Session) -> Place:
     """Tell the other machines which run it is, and where its ranks meet; returns this one's place among them."""
     place = Place(0, link.node.num, link.node.address, free_port())
-    told = ("run_dir", "device", "attention", "liger", "resume", "only", "groups_dir")
+    # `sleeps`: whoever leaves the GPUs to the engine waits for all ranks. Not `colocated`: no engine starts there.
+    told = ("run_dir", "device", "attention", "liger", "resume", "only", "groups_dir", "sleeps")
     link.announce({"port": place.port, **{name: getattr(session, name) for name in told}})
     return place
 

@@ -121,6 +121,11 @@ async def keep(keeper: Keeper, config: Config, url: str, key: str, log: Path, wo
     async def nothing(connection: Connection) -> None:
         """Whatever it is to hold, the runs that use it see to it."""
 
+    def note(event: str, detail: str) -> None:
+        say(f"{event.replace('_', ' ')}: {detail}")
+        if event == "engine_back":
+            keeper.note_life()  # deaths are counted from there on, and not over a life of months
+
     line = Lifeline(
         lambda: Connection(config.rollout.engine, url, key, config.rollout.request_timeout_s),
         nothing,
@@ -128,7 +133,9 @@ async def keep(keeper: Keeper, config: Config, url: str, key: str, log: Path, wo
         # Not that of a run, which knows when weights are being loaded and waits for longer then.
         hang_timeout_s=max(config.run.timeout_s, config.run.hang_timeout_s),
         on_hung=keeper.report_hung,
-        on_event=lambda event, detail: say(f"{event.replace('_', ' ')}: {detail}"),
+        on_event=note,
+        # However long a start takes: whether it may be started again is the keeper's to say.
+        spare=True,
         log=f"see {log}",
     )
     watch: asyncio.Future[Any] = asyncio.ensure_future(keeper.watch())

@@ -54,6 +54,10 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
         """There while the trainer has the GPUs of an engine that sleeps: no engine is started or woken meanwhile."""
         return Path(self.folder) / "trainer-has-the-gpus"
 
+    def given_up_file(self, key: str) -> Path:
+        """Touched by the launcher once the part `key` is gone for good, while others of its kind do its work."""
+        return Path(self.folder) / f"given-up-{key}"
+
     @property
     def spool_dir(self) -> Path:
         """Where the producer keeps what it would lose by dying."""

@@ -231,6 +231,8 @@ class Supervisor:
         )
         watched.given_up = True
         watched.child.stop(grace_s=0.0)
+        if part.key is not None:
+            self.session.given_up_file(part.key).touch()  # from now on it has no memory
 
     def _restart(self, watched: _Watched, reason: str) -> None:
         part = watched.part

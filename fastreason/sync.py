@@ -8,11 +8,13 @@ import base64
 import json
 import logging
 import pickle
+import queue
 import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -110,10 +112,11 @@ class HandlePublisher(StagedPublisher):
 
 
 class BroadcastPublisher(StagedPublisher):
-    """NCCL: a thread joins the groups that engines' clients ask for, and sends the staged copy whenever they ask.
+    """NCCL: joins the groups that engines' clients ask for, and sends the staged copy whenever they ask.
 
-    They ask by files in the exchange folder, and find there what made the thread end. `open_group(port, world_size)` is
-    vLLM's trainer side of the rendezvous.
+    They ask by files in the exchange folder, and find there why they get nothing. Each group has a thread of its own: one whose
+    engine has died blocks until its time is over, and ends alone. `open_group(port, world_size)` is vLLM's trainer side of the
+    rendezvous.
     """
 
     def __init__(
@@ -121,44 +124,55 @@ class BroadcastPublisher(StagedPublisher):
     ) -> None:
         super().__init__(folder, dtype, device)
         self._open_group = open_group
-        self._groups: dict[str, Any] = {}
+        self._asked: dict[str, queue.SimpleQueue[TransferRequest]] = {}
         self._failure: str | None = None
 
     def write(self, source: WeightSource, version: int) -> WeightUpdate | None:
-        """As every publisher's; raises EngineError where nobody could send what was written."""
+        """As every publisher's; raises EngineError where nobody hears the engines' clients any more."""
         if self._failure is not None:
             raise EngineError(f"rollout.transport=nccl: the trainer cannot send weights any more: {self._failure}")
         return super().write(source, version)
 
     def _offer(self, staged: dict[str, Tensor]) -> dict[str, Any]:
-        threading.Thread(target=self._serve, name="weight broadcast", daemon=True).start()
+        self._start("weight broadcast", self._hear)
         return {}
 
-    def _serve(self) -> None:
-        try:
-            self._answer_all()
-        except Exception as error:
-            log.exception("the broadcast of weights failed")
-            self._failure = f"{type(error).__name__}: {error}"
-            write_failure(self._folder, self._failure)
+    def _start(self, name: str, work: Callable[[], NoReturn], group: str | None = None) -> None:
+        """Do `work` in a thread; what ends it is told to the clients, to those of one `group` or to all."""
 
-    def _answer_all(self) -> NoReturn:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                log.exception("the %s failed", name)
+                reason = f"{type(error).__name__}: {error}"
+                if group is None:
+                    self._failure = reason
+                write_failure(self._folder, reason, group)
+
+        threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _hear(self) -> NoReturn:
         while True:
             for file in sorted(self._folder.glob("transfer-*.json")):
                 request = msgspec.json.decode(file.read_bytes(), type=TransferRequest)
                 file.unlink()
-                self._answer(request)
+                if request.what == "join":
+                    self._asked[request.group] = queue.SimpleQueue()
+                    self._start(f"weight broadcast to {request.group}", partial(self._serve, request), request.group)
+                else:
+                    assert request.group in self._asked, "an engine asked for weights before it had joined"
+                    self._asked[request.group].put(request)
             time.sleep(LOOK_S)
 
-    def _answer(self, request: TransferRequest) -> None:
-        if request.what == "join":
-            self._groups[request.group] = self._open_group(request.port, request.world_size)
-            return
-        assert request.group in self._groups, "an engine asked for weights before it had joined"
-        for tensor in self._staged.values():
-            self._groups[request.group].broadcast(tensor, src=0)
+    def _serve(self, join: TransferRequest) -> NoReturn:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        group, asked = self._open_group(join.port, join.world_size), self._asked[join.group]
+        while True:
+            asked.get()
+            for tensor in self._staged.values():
+                group.broadcast(tensor, src=0)
 
 
 def make_publisher(

@@ -44,7 +44,7 @@ def read_manifest(path: str | Path) -> Manifest:
 class TransferRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine's client asks of the trainer (nccl): to join a new group at `port`, or to send all weights to it.
 
-    `group` names the client's group: each engine has one of its own, so that one that dies takes no other with it.
+    `group` names the group: each start of an engine's server has one of its own, so that one that dies takes no other with it.
     """
 
     what: str  # "join" or "send"
@@ -56,19 +56,22 @@ class TransferRequest(msgspec.Struct, frozen=True, kw_only=True):
 FAILURE_FILE = "transfer-failed"
 
 
-def write_failure(folder: Path, reason: str) -> None:
-    """Say to the engines' clients why the trainer sends no more weights (nccl)."""
-    aside = folder / f"{FAILURE_FILE}.writing"
+def write_failure(folder: Path, reason: str, group: str | None = None) -> None:
+    """Say to the engines' clients why the trainer sends no more weights to `group`, or to any (nccl)."""
+    path = folder / (FAILURE_FILE if group is None else f"{FAILURE_FILE}-{group}")
+    aside = path.with_name(f"{path.name}.writing")
     aside.write_text(reason, encoding="utf-8")
-    os.replace(aside, folder / FAILURE_FILE)
+    os.replace(aside, path)
 
 
-def read_failure(folder: Path) -> str | None:
-    """What `write_failure` said, or None."""
-    try:
-        return (folder / FAILURE_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
+def read_failure(folder: Path, group: str) -> str | None:
+    """What `write_failure` said to all, or to `group`; None where it said nothing."""
+    for name in (FAILURE_FILE, f"{FAILURE_FILE}-{group}"):
+        try:
+            return (folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+    return None
 
 
 def exchange_parents(config: RolloutConfig) -> tuple[Path, ...]:

@@ -107,8 +107,13 @@ class Connection:
                     raise ServerLostError(f"the {self.server} was replaced: start {instance} for {self.instance}")
                 if response.status == 200:
                     content = await response.read()  # of /sleep and /wake_up there is none
-                    body = json.loads(content) if content else None
-                    return Answer(body, int(response.headers.get(RESUMES_HEADER, 0)))
+                    try:
+                        body = json.loads(content) if content else None
+                        return Answer(body, int(response.headers.get(RESUMES_HEADER, 0)))
+                    except ValueError as error:
+                        raise EngineError(
+                            f"the {self.server} answered {path.split('?')[0]} with what is no answer of an engine: {error}"
+                        ) from error
                 text = (await response.text())[:500]
                 response.close()  # the server closes it too, and would meet the next request on it
         except (aiohttp.ClientError, OSError) as error:

@@ -8,7 +8,7 @@ is found, before it counts as alive.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -36,6 +36,9 @@ class Member(Protocol):
 
     @property
     def trouble(self) -> str | None: ...
+
+    @property
+    def is_given_up(self) -> bool: ...
 
     async def start(self) -> None: ...
 
@@ -144,7 +147,7 @@ class Fleet:
         alive = [engine for engine in self._engines if engine.is_alive]
         for engine in self._engines:
             engine.want(update)
-        results = await asyncio.gather(*(engine.try_load(update) for engine in alive), return_exceptions=True)
+        results = await asyncio.gather(*(self._load(engine, update) for engine in alive), return_exceptions=True)
         reports = [result for result in results if isinstance(result, LoadReport)]
         errors = [result for result in results if isinstance(result, EngineError)]
         for result in results:
@@ -152,9 +155,6 @@ class Fleet:
                 raise result
         if errors and len(errors) == len(alive):
             raise errors[0]
-        for engine, result in zip(alive, results, strict=True):
-            if isinstance(result, EngineError):
-                engine.leave(f"it could not load version {update.version}: {result}")
         if not reports:
             # Whoever is found first is found with these weights.
             await self._await_one(f"loading version {update.version}")
@@ -172,8 +172,27 @@ class Fleet:
             total_s=total_s,
         )
 
+    async def _load(self, engine: Member, update: WeightUpdate) -> LoadReport:
+        try:
+            return await engine.try_load(update)
+        except EngineError as error:
+            # Now, and not when the slowest has loaded: what it holds may be neither version.
+            engine.leave(f"it could not load version {update.version}: {error}")
+            raise
+
     async def sleep(self) -> float:
-        return await self._all("try_sleep")
+        """As the protocol says, once every engine sleeps: one that is just being started would do so beside the trainer.
+
+        Those that are given up are not waited for; raises EngineError where another is away for too long.
+        """
+        started, patience = time.perf_counter(), Patience(self._patience_s)
+        await self._all("try_sleep")
+        while away := [i for i, e in enumerate(self._engines) if not (e.is_alive or e.is_given_up)]:
+            patience.look()
+            if patience.exhausted:
+                raise self._not_back("putting the engines to sleep", "not all engines came back", away)
+            await asyncio.sleep(POLL_S)
+        return time.perf_counter() - started
 
     async def wake(self) -> float:
         if not self._asleep:
@@ -229,8 +248,9 @@ class Fleet:
                 return min(serving, key=lambda load: load.running)
             patience.look()
             if patience.exhausted:
-                reasons = "; ".join(f"engine {i}: {e.trouble}" for i, e in enumerate(self._engines))
-                raise EngineError(
-                    f"{what}: no engine came back within rollout.startup_timeout_s={self._patience_s:g} s. {reasons}"
-                )
+                raise self._not_back(what, "no engine came back", range(len(self._loads)))
             await asyncio.sleep(POLL_S)
+
+    def _not_back(self, what: str, who: str, away: Iterable[int]) -> EngineError:
+        reasons = "; ".join(f"engine {i}: {self._engines[i].trouble}" for i in away)
+        return EngineError(f"{what}: {who} within rollout.startup_timeout_s={self._patience_s:g} s. {reasons}")

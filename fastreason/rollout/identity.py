@@ -134,7 +134,13 @@ def make_verify(mine: dict[str, Any], probe: Path) -> Callable[[Connection], Awa
             raise EngineError(
                 f"the {connection.server} cannot say what it serves: start it with `fastreason serve`. {error}"
             ) from error
-        reasons = differences(mine, theirs)
+        try:
+            reasons = differences(mine, theirs)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"the {connection.server} does not say what this run must know ({type(error).__name__}: {error}): it is of "
+                "another version of fastreason. Start it with the one of this run."
+            ) from error
         if reasons:
             raise EngineError(f"the {connection.server} is of no use to this run: {'; '.join(reasons)}.")
 

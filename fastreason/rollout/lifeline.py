@@ -170,11 +170,11 @@ class Lifeline:
             return  # one that is being revived: the recovery that does so looks for the next
         self.num_losses += 1
         self._trouble = reason
-        self._on_event("engine_lost", reason)
         self._recovery = asyncio.create_task(self._recover(connection))
         self._recovery.add_done_callback(
             lambda task: task.cancelled() or task.exception()
         )  # also if nobody waits for it
+        self._on_event("engine_lost", reason)  # last: who hears of it may fail
 
     async def _recover(self, lost: Connection | None) -> None:
         started, patience = time.monotonic(), Patience(math.inf if self._spare else self._startup_timeout_s)
@@ -213,10 +213,10 @@ class Lifeline:
             await connection.close()
             await asyncio.sleep(POLL_S)
             return connection
-        except EngineError as error:
+        except Exception as error:  # also of our own making: nobody would see that the recovery has ended
             if not self._spare:
                 raise
-            self._trouble = str(error)
+            self._trouble = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             if connection is not None:
                 await connection.close()
             await asyncio.sleep(AGAIN_S)
@@ -265,12 +265,15 @@ class Lifeline:
             except ServerLostError as loss:
                 return self._lose(connection, str(loss))
             except NoAnswerError:
-                reason = (
-                    f"the {connection.server} shows no sign of life since run.hang_timeout_s={self._hang_timeout_s:g} s"
-                )
-                if self._on_hung is not None:
-                    self._on_hung(reason)
-                return self._lose(connection, reason, hung=True)
-            except EngineError:
+                return self._lose_hung(connection)
+            except Exception:
                 pass  # an error is a sign of life; those who ask for something else will meet it
             await asyncio.sleep(min(LONGEST_BEAT_S, self._hang_timeout_s / 3))
+
+    def _lose_hung(self, connection: Connection) -> None:
+        reason = f"the {connection.server} shows no sign of life since run.hang_timeout_s={self._hang_timeout_s:g} s"
+        try:
+            if self._on_hung is not None:
+                self._on_hung(reason)
+        finally:
+            self._lose(connection, reason, hung=True)

@@ -77,7 +77,7 @@ class Producer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampling = Sampling(engine, grader, tokenizer, self._trace, greedy, teacher)
         self._failure: str | None = None
-        self._lost: str | None = None  # why the engine is away, while it is
+        self._lost: dict[str, str] = {}  # why each engine that is away is so, by its address
         self._num_timeouts = 0
 
     async def serve(self, socket_path: str) -> None:
@@ -206,7 +206,7 @@ class Producer:
     def _awaited(self) -> str:
         """Who is at work on what the trainer asked for, so that a wait that is too long can name them."""
         generating, grading = self._sampling.generating.num_inside, self._sampling.grading.num_inside
-        parts = [f"the {self._engine.name} engine, which is lost ({self._lost})"] if self._lost else []
+        parts = [f"the {self._engine.name} engine, which is lost ({reason})" for reason in self._lost.values()]
         if generating:
             parts.append(f"the {self._engine.name} engine's responses to {generating} prompt(s)")
         if grading:
@@ -305,12 +305,13 @@ class Producer:
                 await self._changed.wait()
         return self._books.checkpoint(request.trained)
 
-    def note(self, event: str, detail: str) -> None:
-        """An event of the engine, for the ledger and the timeline."""
+    def note(self, event: str, detail: str, address: str = "") -> None:
+        """An event of the engine, of the one at `address` where there are several, for the ledger and the timeline."""
         self._books.note(event, detail=detail)
         self._trace.instant("engine", event, detail=detail)
-        self._lost = detail if event == "engine_lost" else None
+        self._lost.pop(address, None)
         if event == "engine_lost":
+            self._lost[address] = detail
             self._books.count("rollout/engine_restarts")
 
     async def _evaluate(self, name: str) -> Any:

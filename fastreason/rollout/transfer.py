@@ -89,15 +89,15 @@ class HandleTransfer:
 class BroadcastTransfer(HandleTransfer):
     """NCCL: trainer and workers form a group once per server; then the trainer broadcasts when it is asked to.
 
-    Several engines have a group each, and the trainer answers one after another.
+    Every start of every engine's server has a group of its own.
     """
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
-        self._world_size, self._group = 1 + num_workers, secrets.token_hex(8)
+        self._world_size, self._group = 1 + num_workers, ""
 
     async def _join(self, connection: Connection, update: WeightUpdate) -> None:
-        port = free_port()
+        port, self._group = free_port(), secrets.token_hex(8)
         self._request(update, TransferRequest(what="join", group=self._group, port=port, world_size=self._world_size))
         init_info = {
             "master_address": LOOPBACK,
@@ -116,7 +116,7 @@ class BroadcastTransfer(HandleTransfer):
         asked = asyncio.ensure_future(connection.ask(path, body))
         try:
             while not asked.done():
-                if (reason := read_failure(Path(update.path).parent)) is not None:
+                if (reason := read_failure(Path(update.path).parent, self._group)) is not None:
                     raise EngineError(f"rollout.transport=nccl: the trainer could not send its weights: {reason}")
                 await asyncio.wait({asked}, timeout=LOOK_S)
             await asked

@@ -98,7 +98,7 @@ class VllmEngine:
     losses and recoveries; `takes_over` where the server is another client's, `spare` where it is one of several, `log` where to
     read about it (see Lifeline). `name` is the engine's: vllm, or fake where the fake engine's server answers. `verify` raises
     EngineError where a server is not one that this run can use; every server is shown to it first. `resting` is given where the
-    engine sleeps at times, and says whether another has its GPU, so that none is started.
+    engine sleeps at times, and says whether another has its GPU, so that none is started; `given_up` whether none ever will be.
     """
 
     def __init__(
@@ -117,11 +117,12 @@ class VllmEngine:
         name: str = "vllm",
         verify: Callable[[Connection], Awaitable[None]] | None = None,
         resting: Callable[[], bool] | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name, self.version, self.url = name, 0, url.rstrip("/")
-        self._verify, self._told = verify, asyncio.Event()
+        self._spare, self._verify, self._told = spare, verify, asyncio.Event()
         self._told.set()
-        self._config, self._stamps = config, Stamps()
+        self._config, self._stamps, self._given_up = config, Stamps(), given_up
         self._transfer = make_transfer(config.transport, config.tensor_parallel)
         self._num_sent = 0
         self._wanted: WeightUpdate | None = None  # what the engine is to hold: None for the model that it started with
@@ -342,7 +343,11 @@ class VllmEngine:
             await self._resume(connection)
 
     async def _load(self, connection: Connection, update: WeightUpdate) -> LoadReport:
-        """Pause, load, verify, resume, and stamp what is in flight from there on."""
+        """Pause, load, verify, resume, and stamp what is in flight from there on.
+
+        One of several that fails is not resumed: it may hold half of either version, and is left and revived.
+        """
+        resumes = True
         connection.allowance_s = update.num_bytes / SLOWEST_LOAD
         try:
             await self._transfer.prepare(connection, update)
@@ -358,9 +363,13 @@ class VllmEngine:
                 forgets = first.get("forgets_preempted", False)
                 self._stamps.switch(first["tokens_before"], update.version, num_resumes, forgets)
                 self.version = update.version
+            except EngineError:
+                resumes = not self._spare
+                raise
             finally:
                 # Also when we were told to stop before the pause was answered: it may have been heard.
-                await self._resume(connection)
+                if resumes:
+                    await self._resume(connection)
         finally:
             connection.allowance_s = 0.0
         report = LoadReport(
@@ -391,6 +400,11 @@ class VllmEngine:
     def trouble(self) -> str | None:
         """Why it is away, or None."""
         return self._lifeline.trouble
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether its server is gone for good."""
+        return self._given_up()
 
     def begin(self) -> None:
         """In place of `start`, for a server that has had another client: look for it until it is found."""

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from fastreason.config import Config, RolloutConfig
 from fastreason.errors import EngineError
 from fastreason.exchange import EXCHANGE_VARIABLE, write_weights
 from fastreason.rollout import fake_server
+from fastreason.rollout.connection import Connection
+from fastreason.rollout.lifeline import BEAT
 from fastreason.rollout.transfer import call_workers
 from fastreason.rollout.vllm import VllmEngine
 from fastreason.rollout.vllm_middleware import KEY_VARIABLE
@@ -274,6 +277,76 @@ def test_a_request_that_takes_too_long_on_a_living_server_is_an_error(monkeypatc
             await engine.generate("t1", PROMPT, PARAMS)
 
     with_engine(monkeypatch, body, token_s=0.2, rollout={"request_timeout_s": 0.2})
+
+
+# What nobody has thought of
+
+
+def test_one_of_several_is_looked_for_until_it_is_back_whatever_goes_wrong_meanwhile(monkeypatch):
+    failures = []
+
+    async def verify(connection):
+        if failures:
+            raise failures.pop()
+
+    async def body(site, engine, events):
+        failures.append(KeyError("dtype"))
+        await site.down()
+        await site.up()
+        async with asyncio.timeout(8):
+            while not (engine.trouble or "").startswith("KeyError: 'dtype'"):
+                await asyncio.sleep(0.01)
+            while not engine.is_alive:
+                await asyncio.sleep(0.01)
+
+    with_engine(monkeypatch, body, spare=True, hang_timeout_s=0.3, verify=verify)
+
+
+def test_a_heart_goes_on_beating_after_an_answer_that_makes_no_sense(monkeypatch):
+    ask, failures = Connection.ask, [ValueError("no JSON")]
+
+    async def odd(self, path, body=None, limit_s=None):
+        if failures and body == BEAT[1]:
+            raise failures.pop()
+        return await ask(self, path, body, limit_s)
+
+    monkeypatch.setattr(Connection, "ask", odd)
+
+    async def body(site, engine, events):
+        while failures:
+            await asyncio.sleep(0.01)
+        await site.down()
+        async with asyncio.timeout(5):
+            while not events:
+                await asyncio.sleep(0.01)
+        await site.up()
+
+    with_engine(monkeypatch, body, hang_timeout_s=0.3)
+
+
+def test_a_server_that_cannot_be_reported_is_given_up_all_the_same(monkeypatch):
+    def fail(reason):
+        raise OSError("no space left")
+
+    async def body(site, engine, events):
+        site.deaf.clear()
+        async with asyncio.timeout(5):
+            while not events:
+                await asyncio.sleep(0.01)
+        await site.down()
+        site.deaf.set()
+
+    with_engine(monkeypatch, body, hang_timeout_s=0.3, on_hung=fail, spare=True)
+
+
+def test_an_answer_that_is_no_json_is_an_error_of_the_server(monkeypatch):
+    async def body(site, engine, events):
+        with monkeypatch.context() as patch:
+            patch.setattr("fastreason.rollout.connection.json", SimpleNamespace(loads=lambda content: int("<html>")))
+            with pytest.raises(EngineError, match=r"at .* answered /inference/v1/generate with what is no answer of"):
+                await engine.generate("t1", PROMPT, SamplingParams(max_new_tokens=2, seed=1))
+
+    with_engine(monkeypatch, body)
 
 
 # A server that hangs

@@ -212,6 +212,35 @@ def test_an_engine_that_cannot_load_is_done_without_until_it_can(monkeypatch, fo
     assert "could not load version 2" in events[0][2] and "no room" in events[0][2]
 
 
+def test_an_engine_whose_load_failed_midway_samples_nothing_while_others_still_load(monkeypatch, folder):
+    updates = [publish(folder, version) for version in (1, 2)]
+
+    async def body(sites, fleet, events):
+        await fleet.load_weights(updates[0])
+        task = asyncio.create_task(fleet.generate("t", PROMPT, PARAMS))
+        await until(lambda: any(sites[0].engines[0]._num_tokens.values()))
+
+        def fail(path, checksum):
+            sites[0].engines[0]._held = "half"
+            raise ValueError("no room")
+
+        monkeypatch.setattr(sites[0].engines[0], "_load", fail)
+        sites[1].deaf.clear()  # it is late
+        resumed = len(sites[0].asked("/resume"))
+        loading = asyncio.create_task(fleet.load_weights(updates[1]))
+        await until(lambda: sites[0].engines[0]._held == "half")
+        await asyncio.sleep(0.3)
+        assert not loading.done()
+        seen = [name for name, _, _ in events], len(sites[0].asked("/resume")) - resumed
+        sites[1].deaf.set()
+        await loading
+        return seen, await task
+
+    seen, completions = with_fleet(monkeypatch, body)
+    assert seen == (["engine_lost"], 0), "it went on with weights of no version"
+    assert [completion.token_ids for completion in completions] == expected()
+
+
 def test_an_engine_that_is_behind_gets_no_request(monkeypatch, folder):
     async def body(sites, fleet, events):
         await fleet.load_weights(publish(folder, 1))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from fastreason.config import RolloutConfig
 from fastreason.errors import EngineError
 from fastreason.exchange import EXCHANGE_VARIABLE
+from fastreason.rollout import fake_server
 from fastreason.rollout.fleet import Fleet
 from fastreason.rollout.identity import describe_model, make_verify, weights_digest
 from fastreason.rollout.vllm import VllmEngine
@@ -100,6 +101,12 @@ def test_a_server_without_the_storage_is_refused(start, tmp_path):
         EngineError, match=r"cannot read what this run writes into .*rollout\.exchange_dir .*--exchange-dir"
     ):
         start(probe=elsewhere)
+
+
+def test_a_server_that_describes_itself_in_other_words_is_of_another_version(start, monkeypatch):
+    monkeypatch.setattr(fake_server, "describe_server", lambda *described: {"config": {}})
+    with pytest.raises(EngineError, match=r"the fake engine at http.* \(KeyError: .*of another version of fastreason"):
+        start()
 
 
 def test_a_server_with_another_key_is_refused(start):

@@ -9,17 +9,20 @@ import sys
 import tempfile
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from fastreason import launch, supervise
+from fastreason import follow, launch, supervise
 from fastreason.config import load_config, parse_config
 from fastreason.cores import available_cores
 from fastreason.errors import ConfigError, DataError, FastreasonError, ModelError
 from fastreason.exchange import ExchangeFolder
 from fastreason.launch import StopRequest, sweep_segments, trainer_command
-from fastreason.preflight import anchor_paths, check_prompts_offline, choose_device, preflight
+from fastreason.nodes import Node
+from fastreason.placement import Placement
+from fastreason.preflight import Decisions, anchor_paths, check_prompts_offline, choose_device, preflight
 from fastreason.rollout import fake_server
 from fastreason.run_folder import make_run_dir, write_config
 from fastreason.session import SEGMENTS, Session
@@ -306,6 +309,30 @@ def test_the_ranks_get_no_key_and_everybody_the_cores_of_its_side(parts_of, monk
     parts, _ = parts_of(rollout={"cores": first})
     parts[1].start()
     assert spawned["producer"][2] is None, "the engine's cores alone are the engine's"
+
+
+def test_ranks_of_another_machine_take_turns_with_the_engine_too_and_get_no_key(make, tmp_path, monkeypatch):
+    """All ranks or none wait for each other when the trainer leaves: one that did not would be waited for."""
+    config, said, started = make(), {}, []
+    (tmp_path / "run").mkdir()
+    write_config(config, tmp_path / "run")
+    placement = Placement("colocated", sleeps=True)
+    decisions = Decisions(device="cpu", attention="sdpa", liger=False, placement=placement)
+    with launch.folders(config, tmp_path / "run", decisions, False, None, None) as first:
+        launch.announce(SimpleNamespace(node=Node(0, 2, "n0", 1), announce=said.update), first)
+
+    def start(config, session, environment, place):
+        started.append((session, "FASTREASON_ENGINE_KEY" in {**os.environ, **environment}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "trainer_part", start)
+    monkeypatch.setenv("FASTREASON_ENGINE_KEY", "theirs")
+    with pytest.raises(KeyboardInterrupt):
+        follow.run_ranks(SimpleNamespace(node=Node(1, 2, "n0", 1)), json.loads(json.dumps(said)), StopRequest())
+    ((session, has_key),) = started
+    assert (first.sleeps, session.sleeps) == (True, True)
+    assert (first.colocated, session.colocated) == (True, False), "it has no engine whose start it could wait for"
+    assert not has_key
 
 
 def test_cores_of_the_engine_are_lent_to_a_trainer_that_waits_without_spinning(parts_of, monkeypatch):

@@ -12,9 +12,11 @@ import pytest
 import torch
 from producer_stage import EVAL_PROMPTS, ids, make_config, render, running, tickets
 
+from fastreason.engine_clients import make_engine, say_of_one
 from fastreason.errors import EngineError, StuckError
 from fastreason.exchange import write_weights
 from fastreason.rollout.sampling import group_seed
+from fastreason.session import Session
 from fastreason.types import Grade, Prompt
 
 pytestmark = pytest.mark.timeout(400)
@@ -317,6 +319,28 @@ def test_a_wait_that_is_too_long_names_who_is_at_work(monkeypatch):
         assert run.producer._awaited().startswith("the fake engine, which is lost (its connection broke) and the fake")
         run.producer.note("engine_back", "1 s")
         assert "lost" not in run.producer._awaited()
+
+
+def test_of_several_engines_those_are_named_that_are_away():
+    def prepare(run):
+        for url, event in (("http://a", "lost"), ("http://b", "lost"), ("http://c", "lost"), ("http://b", "back")):
+            say_of_one(run.producer.note, url, f"engine_{event}", "its connection broke")
+
+    with running(make_config(), prepare=prepare) as run:
+        lost = [f"the fake engine, which is lost (http://{name}: its connection broke)" for name in "ac"]
+        assert run.producer._awaited() == " and ".join(lost)
+
+
+def test_one_that_the_launcher_has_given_up_is_known_to_its_client(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTREASON_ENGINE_KEY", "key")
+    session = Session(
+        folder=str(tmp_path), run_dir="", model_dir="", exchange_dir="", device="cpu", attention="", liger=False,
+        resume=False, engine_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
+    )  # fmt: skip
+    fleet = make_engine(session, make_config(), lambda *event: None)
+    assert [engine.is_given_up for engine in fleet._engines] == [False, False]
+    session.given_up_file("engine-1").touch()
+    assert [engine.is_given_up for engine in fleet._engines] == [False, True]
 
 
 def test_it_ends_when_the_trainer_is_gone():

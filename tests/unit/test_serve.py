@@ -1,14 +1,17 @@
 """What `fastreason serve` makes of its words, and where its key is kept."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
+from engine_site import KEY, Site
 
 from fastreason import cli, serve
 from fastreason.arguments import build_parser
-from fastreason.errors import ConfigError
+from fastreason.errors import ConfigError, EngineError
 from fastreason.resources import KEY_VARIABLE
-from fastreason.serve import kept_key, read_serve_config
+from fastreason.serve import keep, kept_key, read_serve_config
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,33 @@ def test_the_help_says_the_longest_sequence_without_a_config(capsys):
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     assert f"else the model's, {serve.LONGEST} at most" in " ".join(capsys.readouterr().out.split())
+
+
+def test_deaths_are_counted_from_the_last_answer_and_a_start_may_take_its_time(monkeypatch, tmp_path):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    keys = ("rollout.engine=fake", "rollout.startup_timeout_s=0.3", "run.timeout_s=0.3", "run.hang_timeout_s=0.3")
+    config, lives = read("/m", *keys, "--exchange-dir", tmp_path), []
+
+    async def main():
+        site = Site(monkeypatch)
+        await site.up()
+
+        async def watch():
+            for number in (1, 2, 3):
+                async with asyncio.timeout(8):
+                    while len(lives) < number:
+                        await asyncio.sleep(0.01)
+                await site.down()
+                await asyncio.sleep(1.0)
+                await site.up()
+            await site.down()
+            raise EngineError("that is all")
+
+        keeper = SimpleNamespace(watch=watch, note_life=lambda: lives.append(1), report_hung=lambda reason: None)
+        await keep(keeper, config, site.url, KEY, tmp_path / "log", "words")
+
+    with pytest.raises(EngineError, match="that is all"):
+        asyncio.run(main())
 
 
 def test_the_key_is_made_once_in_a_file_that_only_its_user_can_read(tmp_path, capsys):

@@ -222,18 +222,18 @@ async def until(condition):
         await asyncio.sleep(0.01)
 
 
-def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(monkeypatch, folder):  # noqa: F811
-    first, second = publish(folder, 1), publish(folder, 2)
+def sleeping_fleet(monkeypatch, body, patience_s=10.0, **keys):
+    """Run `body(sites, fleet, events)` with two servers that are up."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
 
     async def run():
         sites, events = [Site(monkeypatch, 0.0) for _ in range(2)], []
         for site in sites:
             await site.up()
-        keys = {"spare": True, "hang_timeout_s": 0.3, "resting": lambda: False}
-        keys["on_event"] = lambda event, detail: events.append(event)
-        engines = [VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **keys) for site in sites]
-        fleet = Fleet(engines, 10.0)
+        options = {"spare": True, "hang_timeout_s": 0.3, "resting": lambda: False, **keys}
+        options["on_event"] = lambda event, detail: events.append(event)
+        engines = [VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **options) for site in sites]
+        fleet = Fleet(engines, patience_s)
         await fleet.start()
         try:
             return await body(sites, fleet, events)
@@ -242,31 +242,70 @@ def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(mo
             for site in sites:
                 await site.down()
 
-    async def body(sites, fleet, events):
-        def memory():
-            return [len(site.engines[-1]._state()["memory"]) for site in sites]
+    return asyncio.run(asyncio.wait_for(run(), 40))
 
+
+def memory(sites):
+    return [len(site.engines[-1]._state()["memory"]) for site in sites]
+
+
+def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(monkeypatch, folder):  # noqa: F811
+    first, second = publish(folder, 1), publish(folder, 2)
+
+    async def body(sites, fleet, events):
         async def back(number):
             await sites[0].up()
             await until(lambda: events.count("engine_back") == number)
 
         await fleet.load_weights(first)
-        assert await fleet.sleep() > 0 and memory() == [0, 0]
+        assert await fleet.sleep() > 0 and memory(sites) == [0, 0]
         await sites[0].down()
         await until(lambda: events)
         await back(1)
-        assert memory() == [0, 0], "it was found while the others slept"
+        assert memory(sites) == [0, 0], "it was found while the others slept"
         await sites[0].down()
         report = await fleet.load_weights(second)
         assert report.wake_s > 0 and await fleet.wake() == 0.0
         await back(2)
-        assert memory() == [2, 2]
+        assert memory(sites) == [2, 2]
         await fleet.sleep()
-        assert await fleet.wake() > 0 and memory() == [2, 2]
+        assert await fleet.wake() > 0 and memory(sites) == [2, 2]
         answers = [await fleet.generate(f"t{number}", PROMPT, SHORT) for number in range(4)]
         return {version for (completion,) in answers for version in completion.token_versions}
 
-    assert asyncio.run(asyncio.wait_for(run(), 40)) == {2}
+    assert sleeping_fleet(monkeypatch, body) == {2}
+
+
+def test_the_trainer_waits_for_one_of_several_that_is_just_being_started(monkeypatch):
+    async def body(sites, fleet, events):
+        await sites[0].down()
+        await until(lambda: events)
+        sleeping = asyncio.create_task(fleet.sleep())
+        await asyncio.sleep(0.3)
+        assert not sleeping.done(), "the trainer would take the GPU on which it starts"
+        await sites[0].up()
+        assert await sleeping > 0.3
+        return memory(sites)
+
+    assert sleeping_fleet(monkeypatch, body) == [0, 0]
+
+
+def test_one_that_does_not_come_back_is_named_and_one_that_is_given_up_is_not_waited_for(monkeypatch):
+    given_up = []
+
+    async def body(sites, fleet, events):
+        await sites[1].down()
+        await until(lambda: events)
+        with pytest.raises(
+            EngineError, match=r"not all engines came back within .*=0\.5 s\. engine 1: .*http"
+        ) as error:
+            await fleet.sleep()
+        assert "engine 0" not in str(error.value)
+        given_up.append(True)
+        await fleet.sleep()
+        return memory(sites[:1])
+
+    assert sleeping_fleet(monkeypatch, body, patience_s=0.5, given_up=lambda: bool(given_up)) == [0]
 
 
 def test_a_worker_says_that_its_weights_are_given_up():

@@ -148,6 +148,7 @@ def test_one_of_several_that_may_not_be_started_again_is_given_up_and_the_last_o
     with pytest.raises(EngineError, match=r"the engine 1 failed, after 1 restart.*exit code -9.*its log"):
         s.watch(kill(0, 1), kill(0, 2), (said, lambda: None), kill(1, 1), kill(1, 2), (gone, lambda: time.sleep(2)))
     assert len(s.started["engine 0"]) == 2, "what is given up was started again"
+    assert [s.session.given_up_file(f"engine-{index}").exists() for index in range(2)] == [True, False]
 
 
 def test_what_dies_or_hangs_is_started_again_and_counted(stage, capsys):

@@ -368,24 +368,65 @@ def test_several_engines_have_a_group_each_and_all_get_one_publication(tmp_path)
     )
 
 
-def test_a_trainer_that_cannot_broadcast_says_so_at_both_ends(tmp_path):
-    """In place of an engine that is waited for until it is taken for a hanging one."""
+class Waiting(Engine):
+    """One that waits for the trainer at its init."""
+
+    async def ask(self, path, body=None, limit_s=None):
+        if path == "/init_weight_transfer_engine":
+            await asyncio.sleep(50)
+        return await super().ask(path, body, limit_s)
+
+
+@pytest.mark.parametrize("ends", ["blocks", "fails"])
+def test_a_group_that_does_not_come_about_takes_no_other_with_it(tmp_path, ends):
+    """As where an engine is killed between its join and its init; what fails is said to its own client."""
+    blocked, group = threading.Event(), Group()
 
     def open_group(port, world_size):
-        raise RuntimeError("no route to the engine")
+        if world_size == 2:
+            return group
+        if ends == "fails":
+            raise RuntimeError("no route to the engine")
+        blocked.wait(30)
 
     publisher = BroadcastPublisher(tmp_path, torch.float32, torch.device("cpu"), open_group)
+    update = publisher.write(Source(), 1)
+
+    async def die():
+        joining = BroadcastTransfer(num_workers=8).prepare(Waiting(lambda info: []), update)
+        if ends == "fails":
+            with pytest.raises(EngineError, match=r"could not send its weights: RuntimeError: no route to the engine"):
+                await joining
+        else:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(joining, 0.3)
+
+    async def take():
+        transfer = BroadcastTransfer(num_workers=1)
+        engine = Engine(lambda info: [(name, group.receive()) for name in info["names"]])
+        await transfer.prepare(engine, update)
+        return await transfer.load(engine, update)
+
+    async def run():
+        await die()
+        return await asyncio.wait_for(take(), 15)
+
+    try:
+        (report,) = asyncio.run(run())
+    finally:
+        blocked.set()
+    assert report["checksum"] == update.checksum
+    assert publisher.write(Source(), 2).version == 2
+
+
+def test_a_trainer_that_hears_no_request_any_more_says_so_at_both_ends(tmp_path):
+    """In place of an engine that is waited for until it is taken for a hanging one."""
+    publisher = BroadcastPublisher(tmp_path, torch.float32, torch.device("cpu"), lambda port, world_size: Group())
     update, source = publisher.write(Source(), 1), Source()
-
-    class Waiting(Engine):
-        async def ask(self, path, body=None, limit_s=None):
-            if path == "/init_weight_transfer_engine":
-                await asyncio.sleep(50)
-            return await super().ask(path, body, limit_s)
-
-    with pytest.raises(EngineError, match=r"could not send its weights: RuntimeError: no route to the engine"):
+    (tmp_path / "transfer-0.json").write_text("no request")
+    with pytest.raises(EngineError, match=r"could not send its weights: DecodeError: "):
         asyncio.run(BroadcastTransfer(num_workers=1).prepare(Waiting(lambda info: []), update))
-    with pytest.raises(EngineError, match=r"cannot send weights any more: RuntimeError: no route to the engine"):
+    with pytest.raises(EngineError, match=r"cannot send weights any more: DecodeError: "):
         publisher.write(source, 2)
     assert source.passed == 0
 
