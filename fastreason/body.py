@@ -114,9 +114,9 @@ def _lines_mask(model: Any, batch: MicroBatch, causal_1111: Tensor) -> Tensor | 
     if batch.mask_B1LL is not None:
         return _attention_mask(model, batch, batch.mask_B1LL)
     width, text, is_eager = batch.input_ids_BL.shape[1], model.config.get_text_config(), _base(model.config) == "eager"
-    window = getattr(text, "sliding_window", None)
+    window = getattr(text, "sliding_window", None) or width
     kinds = set(getattr(text, "layer_types", None) or ())
-    slides = window is not None and width > window and kinds != {"full_attention"}
+    slides = width > window and kinds != {"full_attention"}
     if not is_eager and not slides:
         return causal_1111
     # Of all lines at once: padding comes after what is real, so that nothing real sees it.
