@@ -89,7 +89,7 @@ class Lifeline:
         self._connection: Connection | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
-        self.num_losses = self.num_restarts = 0  # times that it was lost, and was then found replaced
+        self.num_losses = 0
 
     async def start(self) -> None:
         """Return when the server answers; raises EngineError when it does not in time, or refuses the key."""
@@ -192,8 +192,6 @@ class Lifeline:
             if connection.lost is None:
                 break
             former = connection
-        if lost is not None:
-            self.num_restarts += connection.instance != lost.instance
         self._begun, self._trouble = True, None
         self._connection, self._recovery = connection, None
         if lost is not None:
