@@ -111,7 +111,6 @@ class ScriptedEngine:
     """Continuous batching: first come, first served into a fixed number of places, a token a step for all that run."""
 
     name = "scripted"
-    num_restarts = 0
 
     def __init__(self, case: Case) -> None:
         self._case = case

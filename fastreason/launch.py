@@ -24,9 +24,9 @@ from fastreason.cores import parse_cores
 from fastreason.errors import FastreasonError
 from fastreason.metrics import read_summary, write_summary
 from fastreason.models import edited_model, resolve_model
-from fastreason.nodes import Link, Place, free_port, heed
+from fastreason.nodes import Link, Place, heed
 from fastreason.preflight import Decisions
-from fastreason.processes import remove_segments, spawn
+from fastreason.processes import free_port, remove_segments, spawn
 from fastreason.resources import KEY_VARIABLE, SERVED
 from fastreason.session import SEGMENTS, SESSION_VARIABLE, Session
 from fastreason.supervise import Part, StopRequest, Supervisor

@@ -8,7 +8,6 @@ how each has ended. No key is among it. This module refuses to know processes, c
 
 import contextlib
 import json
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -116,12 +115,6 @@ def open_store(node: Node, connect_s: float = CONNECT_S) -> Any:
             f"node {node.index} of {node.num}: MASTER_ADDR={node.address}, MASTER_PORT={node.port}: {what} ({error})."
         ) from error
     return PrefixStore("fastreason", store)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 class Request(Protocol):

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterable
@@ -93,6 +94,13 @@ def spawn(
             preexec_fn=prepare,
         )
     return Child(name, process, log_path, log_start)
+
+
+def free_port(host: str = "") -> int:
+    """A port that nobody has at the moment, on all addresses of this machine or on one."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def tail(log_path: Path, num_lines: int = 25) -> str:

@@ -1,8 +1,8 @@
 """What the launcher hands to the processes of a run: one small file in a folder that only this user can enter.
 
 The folder also holds the producer's socket and its spool, the files whose existence asks the run to stop, says that the
-engine has answered, that the trainer has its GPUs, or asks for a restart, and what each process says at its end. The engine's
-key is not here: it goes through the environment.
+engine has answered, that the trainer has its GPUs, or that a part is given up, or asks for a restart, and what each process
+says at its end. The engine's key is not here: it goes through the environment.
 """
 
 import os

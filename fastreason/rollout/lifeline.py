@@ -59,9 +59,10 @@ class Lifeline:
     `connect` makes a connection, `revive(connection)` gives a new server what the last one had (weights). `on_hung(reason)`
     has the server killed and restarted: called when no heartbeat came back for `hang_timeout_s` seconds; without it a hung
     server is an EngineError. `on_event(name, text)` hears of "engine_lost" (why) and "engine_back" (after how long).
-    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. `spare`: other
-    servers do the work meanwhile, so that a recovery never ends but with a server, and one that hangs and is nobody's to
-    restart may be found alive again. `log` is where to read about the server, `key_hint` what to do where it refuses the key.
+    `takes_over`: the server has answered another client before, so that one which is silent at the start hangs. `spare`: nobody
+    waits for it, for other servers do the work meanwhile, or whoever does has a limit; so a recovery never ends but with a
+    server, and one that hangs and is nobody's to restart may be found alive again. `log` is where to read about
+    the server, `key_hint` what to do where it refuses the key.
     While it is `resting` no server is started, and how long one is away does not count.
     """
 
@@ -89,7 +90,7 @@ class Lifeline:
         self._connection: Connection | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
-        self.num_losses = self.num_restarts = 0  # times that it was lost, and was then found replaced
+        self.num_losses = 0
 
     async def start(self) -> None:
         """Return when the server answers; raises EngineError when it does not in time, or refuses the key."""
@@ -192,8 +193,6 @@ class Lifeline:
             if connection.lost is None:
                 break
             former = connection
-        if lost is not None:
-            self.num_restarts += connection.instance != lost.instance
         self._begun, self._trouble = True, None
         self._connection, self._recovery = connection, None
         if lost is not None:

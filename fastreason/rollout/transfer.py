@@ -7,7 +7,6 @@ what the model was handed that it is what was sent. The ways between GPUs follow
 
 import asyncio
 import secrets
-import socket
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from fastreason.errors import EngineError
+from fastreason.processes import free_port
 from fastreason.rollout.connection import Connection
 from fastreason.rollout.server import LOOPBACK
 from fastreason.transport import TransferRequest, read_failure, read_manifest
@@ -97,7 +97,7 @@ class BroadcastTransfer(HandleTransfer):
         self._world_size, self._group = 1 + num_workers, ""
 
     async def _join(self, connection: Connection, update: WeightUpdate) -> None:
-        port, self._group = free_port(), secrets.token_hex(8)
+        port, self._group = free_port(LOOPBACK), secrets.token_hex(8)
         self._request(update, TransferRequest(what="join", group=self._group, port=port, world_size=self._world_size))
         init_info = {
             "master_address": LOOPBACK,
@@ -129,12 +129,6 @@ class BroadcastTransfer(HandleTransfer):
         aside = path.with_suffix(".writing")
         aside.write_bytes(msgspec.json.encode(request))
         aside.rename(path)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
 
 
 def make_transfer(transport: str, num_workers: int) -> Transfer:

@@ -145,11 +145,6 @@ class VllmEngine:
             key_hint=key_hint,
         )
 
-    @property
-    def num_restarts(self) -> int:
-        """Times that the server was found replaced by another start."""
-        return self._lifeline.num_restarts
-
     async def start(self) -> None:
         await self._lifeline.start()
         if self._verify is not None:

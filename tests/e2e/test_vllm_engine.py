@@ -538,12 +538,13 @@ def test_a_killed_engine_core_loses_no_request_and_comes_back_with_the_weights(s
             await asyncio.to_thread(child.process.wait, 60)
             await asyncio.to_thread(child.stop, 0.0)
             server.server.start()
-            return undisturbed, [await task for task in tasks], await engine.score(PROMPT * 4), engine.num_restarts
+            answers, instance = [await task for task in tasks], engine._lifeline._connection.instance
+            return undisturbed, answers, await engine.score(PROMPT * 4), instance
         finally:
             await engine.close()
 
-    undisturbed, answers, score, num_restarts = asyncio.run(asyncio.wait_for(run(), 200))
-    assert (num_restarts, [name for name, _ in events]) == (1, ["engine_lost", "engine_back"])
+    undisturbed, answers, score, instance = asyncio.run(asyncio.wait_for(run(), 200))
+    assert (instance, [name for name, _ in events]) == (str(server.server.instance), ["engine_lost", "engine_back"])
     assert score == pytest.approx(true_logp(moved, PROMPT * 4), abs=CLOSE)
     for completions in answers:
         # The same seeds, and so the same tokens, from the same weights.

@@ -79,12 +79,12 @@ def test_requests_in_flight_finish_on_the_next_server_and_finished_samples_are_k
         await site.up()
         completions = await task
         again = site.asked("/inference/v1/generate", instance=2)
-        return completions, len(again), events, engine.num_restarts
+        return completions, len(again), events, instance_of(engine)
 
-    completions, num_again, events, num_restarts = with_engine(monkeypatch, body)
+    completions, num_again, events, instance = with_engine(monkeypatch, body)
     assert [completion.token_ids for completion in completions] == expected()
     assert 0 < num_again < PARAMS.n
-    assert num_restarts == 1
+    assert instance == "2"
     assert [name for name, _ in events] == ["engine_lost", "engine_back"]
     assert "fake engine at http://127.0.0.1" in events[0][1] and events[1][1].endswith(" s")
 
@@ -108,6 +108,11 @@ def test_the_next_server_gets_the_wanted_weights_before_any_request(monkeypatch,
     assert (state, version) == ([{"checksum": update.checksum}], 1)
     first = paths.index("/inference/v1/generate")
     assert [path for path in paths[:first] if path != "/health"][-3:] == ["/pause", "/collective_rpc", "/resume"]
+
+
+def instance_of(engine):
+    """Which start of the server it talks to."""
+    return engine._lifeline._connection.instance
 
 
 async def held(engine):
@@ -191,9 +196,9 @@ def test_an_error_of_a_living_server_is_an_error(monkeypatch):
             await engine.generate("t1", PROMPT, SamplingParams(max_new_tokens=2, seed=1))
         # The connection on which it did so is not used again, and the engine goes on.
         await engine.generate("t2", PROMPT, PARAMS)
-        return events, engine.num_restarts
+        return events, instance_of(engine)
 
-    assert with_engine(monkeypatch, body) == ([], 0)
+    assert with_engine(monkeypatch, body) == ([], "1")
 
 
 def test_a_broken_connection_to_a_living_server_costs_only_a_repetition(monkeypatch, folder):
@@ -207,12 +212,12 @@ def test_a_broken_connection_to_a_living_server_costs_only_a_repetition(monkeypa
             connection.transport.abort()
         completions = await task
         loads = [body for body in site.asked("/collective_rpc") if body["method"] == "fastreason_load"]
-        return completions, loads, engine.num_restarts, [name for name, _ in events]
+        return completions, loads, instance_of(engine), [name for name, _ in events]
 
-    completions, loads, num_restarts, events = with_engine(monkeypatch, body)
+    completions, loads, instance, events = with_engine(monkeypatch, body)
     assert [completion.token_ids for completion in completions] == expected()
     assert len(loads) == 1, "it holds the weights still"
-    assert (num_restarts, events) == (0, ["engine_lost", "engine_back"])
+    assert (instance, events) == ("1", ["engine_lost", "engine_back"])
 
 
 def test_a_replaced_server_is_found_by_its_answer(monkeypatch, folder):
@@ -225,15 +230,15 @@ def test_a_replaced_server_is_found_by_its_answer(monkeypatch, folder):
         door = next(cell for cell in closure(site) if hasattr(cell, "_instance"))
         door._instance = "2"
         completions = await engine.generate("t1", PROMPT, PARAMS)
-        return completions, await held(engine), engine.num_restarts
+        return completions, await held(engine), instance_of(engine)
 
     def closure(site):
         guard = site._runner.app.middlewares[0]
         return [cell.cell_contents for cell in guard.__closure__]
 
-    completions, state, num_restarts = with_engine(monkeypatch, body)
+    completions, state, instance = with_engine(monkeypatch, body)
     assert [completion.token_ids for completion in completions] == expected()
-    assert (state, num_restarts) == ([{"checksum": update.checksum}], 1)
+    assert (state, instance) == ([{"checksum": update.checksum}], "2")
 
 
 def test_a_server_that_does_not_come_back_is_named_with_the_wait(monkeypatch):
@@ -370,15 +375,15 @@ def test_a_hung_server_is_reported_once_given_up_and_replaced(monkeypatch, folde
         assert not task.done() and [name for name, _ in events] == ["engine_lost"]
         await site.down()
         await site.up()
-        return await task, found_s, engine.num_restarts, await held(engine)
+        return await task, found_s, instance_of(engine), await held(engine)
 
-    completions, found_s, num_restarts, state = with_engine(
+    completions, found_s, instance, state = with_engine(
         monkeypatch, body, token_s=0.1, hang_timeout_s=0.6, on_hung=reports.append
     )
     assert [completion.token_ids for completion in completions] == expected()
     assert len(reports) == 1 and 0.5 < found_s < 5
     assert "fake engine at" in reports[0] and "run.hang_timeout_s=0.6 s" in reports[0]
-    assert (num_restarts, state) == (1, [{"checksum": update.checksum}])
+    assert (instance, state) == ("2", [{"checksum": update.checksum}])
 
 
 def test_a_server_whose_engine_died_and_that_does_not_end_is_reported_too(monkeypatch):
@@ -634,15 +639,15 @@ def test_a_killed_or_stopped_process_is_replaced_and_every_request_finishes(proc
         await asyncio.to_thread(process.child.stop, 0.0)
         process.start()
         answers = [await task for task in tasks]
-        state = await held(engine)
+        state, instance = await held(engine), instance_of(engine)
         await engine.close()
-        return answers, state, engine.num_restarts
+        return answers, state, instance
 
-    answers, state, num_restarts = asyncio.run(asyncio.wait_for(run(), 40))
+    answers, state, instance = asyncio.run(asyncio.wait_for(run(), 40))
     for completions in answers:
         assert [completion.token_ids for completion in completions] == expected()
         assert {v for completion in completions for v in completion.token_versions} == {1}
-    assert (state, num_restarts) == ([{"checksum": update.checksum}], 1)
+    assert (state, instance) == ([{"checksum": update.checksum}], "2")
     assert bool(hung) == (number == signal.SIGSTOP)
 
 

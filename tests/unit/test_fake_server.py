@@ -250,10 +250,10 @@ def test_a_faulty_update_is_refused_and_the_engine_goes_on(server, folder, tmp_p
         with pytest.raises(EngineError, match=r"answered 500 to /collective_rpc: .*(sent was|outside|torn)"):
             await engine.load_weights(update)
         completions = await engine.generate("a", PROMPT, SamplingParams(max_new_tokens=3, seed=1))
-        return engine.version, completions[0].token_versions, engine.num_restarts
+        return engine.version, completions[0].token_versions, engine._lifeline.num_losses
 
-    version, stamps, num_restarts = use(server, body)
-    assert (version, set(stamps), num_restarts) == (0, {0}, 0)
+    version, stamps, num_losses = use(server, body)
+    assert (version, set(stamps), num_losses) == (0, {0}, 0)
 
 
 def test_it_is_light_holds_no_secret_and_runs_on_its_cores(server):

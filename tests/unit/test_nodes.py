@@ -13,7 +13,8 @@ import torch.distributed as dist
 from fastreason import nodes
 from fastreason.arguments import build_parser
 from fastreason.errors import ConfigError, FastreasonError, NodeError
-from fastreason.nodes import Link, Node, Place, forget_launcher, free_port, heed, lead, node_of, open_store
+from fastreason.nodes import Link, Node, Place, forget_launcher, heed, lead, node_of, open_store
+from fastreason.processes import free_port
 from fastreason.supervise import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
