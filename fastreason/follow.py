@@ -64,9 +64,8 @@ def run_ranks(link: Link, run: dict[str, Any], request: StopRequest) -> int:
             supervisor.stop()
     if outcome.finished and request.number is None:
         return 0
-    if (
-        request.urgent
-    ):  # maybe within the second before the others were asked; they miss these ranks, and must not wait for more
+    if request.urgent:
+        # Maybe within the second before the others were asked; they miss these ranks, and nothing more is to be waited for.
         link.request_stop()
         return request.exit_code
     code = link.await_code(config.run.timeout_s, lambda: request.urgent)
