@@ -29,7 +29,8 @@ def follow(node: Node) -> int:
     try:
         hear = heed(link, request)
         print(f"node {node.index} of {node.num}: waiting for the run of the first, {node.address}", flush=True)
-        code, said = run_ranks(link, link.await_run(hear), request), ""
+        run = link.await_run(hear, lambda: request.urgent)
+        code, said = (request.exit_code if run is None else run_ranks(link, run, request)), ""
     except NodeError:
         said = ""  # the others know
         raise
@@ -68,5 +69,9 @@ def run_ranks(link: Link, run: dict[str, Any], request: StopRequest) -> int:
             supervisor.stop()
     if outcome.finished and request.number is None:
         return 0
-    code = link.await_code(config.run.timeout_s)
+    if request.urgent:
+        # Maybe within the second before the others were asked; they miss these ranks, and nothing more is to be waited for.
+        link.request_stop()
+        return request.exit_code
+    code = link.await_code(config.run.timeout_s, lambda: request.urgent)
     return request.exit_code if code is None else code

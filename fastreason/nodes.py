@@ -9,7 +9,9 @@ how each has ended. No key is among it. This module refuses to know processes, c
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -129,7 +131,9 @@ class Request(Protocol):
 class Link:
     """What the nodes of one run know of each other. `look` is called every second or so and raises where the run cannot go on.
 
-    The beats come from a thread of their own, so that long preparations are no silence.
+    The store waits without a limit for a machine that has vanished. So a thread of its own makes all calls, once in BEAT_S: it
+    tells what there is to tell, with a sign of life, and the other methods see what it read last. Long preparations are no
+    silence either.
     """
 
     node: Node
@@ -137,116 +141,167 @@ class Link:
     silence_s: float = SILENCE_S
     on_stop: Callable[[], None] = lambda: None
     _beats: dict[int, tuple[str, Patience]] = field(default_factory=dict)
+    _to_tell: deque[tuple[str, str]] = field(default_factory=deque)
+    _read: dict[str, str] = field(default_factory=dict)  # replaced as a whole
+    _num_read: int = 0
+    _num_looked_at: int = 0
+    _gone: str | None = None
+    _answer: Patience = field(init=False)
+    _due: threading.Event = field(default_factory=threading.Event)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         others = [number for number in range(self.node.num) if number != self.node.index]
         # One that has not come yet has the time of a start.
         self._beats = {number: ("", Patience(max(self.silence_s, CONNECT_S))) for number in others}
-        threading.Thread(target=self._beat, name="beat of the node", daemon=True).start()
+        self._answer = Patience(self.silence_s)
+        threading.Thread(target=self._exchange, name="beat of the node", daemon=True).start()
 
     def announce(self, run: dict[str, Any]) -> None:
         """As the first node: tell the others what they are to run."""
-        self._set("run", json.dumps(run))
+        self._tell("run", json.dumps(run))
 
-    def await_run(self, hear: Callable[[], None]) -> dict[str, Any]:
-        """As another node: what the first has announced; raises what `hear` does while it is not there."""
-        while (run := self._get("run")) is None:
+    def await_run(self, hear: Callable[[], None], leave: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        """As another node: what the first has announced, None once it is to `leave`; raises what `hear` does meanwhile."""
+        while not leave():
+            read = self._read
+            if "run" in read:
+                return dict(json.loads(read["run"]))
             hear()
-            end = self.end_of(0)
-            if end is not None:
-                raise NodeError(f"node 0 has ended with exit code {end['code']} before its run began.")
-            self._ended.wait(BEAT_S / 4)
-        return dict(json.loads(run))
+            if "end/0" in read:
+                raise NodeError(
+                    f"node 0 has ended with exit code {json.loads(read['end/0'])['code']} before its run began."
+                )
+            time.sleep(BEAT_S / 4)
+        return None
 
     def request_stop(self) -> None:
         """Ask every node to stop; the first one's ranks save, and all end."""
-        self._set("stop", "1")
+        if "stop" not in self._read:
+            self._tell("stop", "1")
 
     def look(self) -> None:
-        """Hear of the others: `on_stop` where one was asked to stop; raises NodeError where one has failed or is lost."""
-        if self._get("stop") is not None:
+        """Hear of the others: `on_stop` where one was asked to stop; raises NodeError where one has failed or is lost.
+
+        So does one that ends before the first has: its ranks are missed.
+        """
+        if "stop" in self._read:
             self.on_stop()
-        for number, (last, patience) in self._beats.items():
-            end = self.end_of(number)
-            if end is not None:
-                if end["error"]:
-                    raise NodeError(f"node {number} has failed: {end['error']}")
-                continue
-            beat = self._get(f"beat/{number}")
-            patience.look()
-            if beat is not None and beat != last:
-                patience.limit_s = self.silence_s
-                patience.renew()
-                self._beats[number] = (beat, patience)
-            if patience.exhausted:
-                seen = "has shown no sign of life" if last else "has not come"
+        ends = {number: end for number in self._beats if (end := self.end_of(number)) is not None}
+        for number, end in ends.items():
+            if end["error"]:
+                raise NodeError(f"node {number} has failed: {end['error']}")
+        for number, end in ends.items():
+            if end["code"] and 0 not in ends:
                 raise NodeError(
-                    f"node {number} of {self.node.num} {seen} for {patience.spent_s:.0f} s; the run was ended. See the outer "
-                    "launcher's output there."
+                    f"node {number} has ended with exit code {end['code']} before the run has; the run was ended."
                 )
+        if not self._has_news():
+            return
+        for number in self._beats.keys() - ends.keys():
+            self._judge_beat(number)
 
     def end_of(self, number: int) -> dict[str, Any] | None:
         """How a node has ended: its exit code, and its error or None."""
-        end = self._get(f"end/{number}")
+        end = self._read.get(f"end/{number}")
         return None if end is None else dict(json.loads(end))
 
-    def others_said(self, limit_s: float = LAST_WORDS_S) -> list[str]:
-        """What other nodes say went wrong there, once each has ended or `limit_s` is over."""
-        patience = Patience(limit_s)
-        while not patience.exhausted and any(self._quietly_end(number) is None for number in self._beats):
-            self._ended.wait(BEAT_S / 4)
-            patience.look()
-        ends = {number: self._quietly_end(number) for number in self._beats}
+    def others_said(self) -> list[str]:
+        """What other nodes say went wrong there, once each has ended or LAST_WORDS_S are over; at once after `close`."""
+        if not self._ended.is_set():
+            self._wait(LAST_WORDS_S, lambda: all(self.end_of(number) is not None for number in self._beats))
+        ends = {number: self.end_of(number) for number in self._beats}
         return [f"node {number}: {end['error']}" for number, end in ends.items() if end and end["error"]]
 
-    def await_code(self, limit_s: float) -> int | None:
-        """As another node: the exit code of the first; None where it does not come to an end."""
-        patience = Patience(limit_s)
-        while not patience.exhausted:
-            if (end := self._quietly_end(0)) is not None:
-                return int(end["code"])
-            self._ended.wait(BEAT_S / 4)
-            patience.look()
-        return None
+    def await_code(self, limit_s: float, leave: Callable[[], bool] = lambda: False) -> int | None:
+        """As another node: the exit code of the first; None where it does not end, or once this one is to `leave`."""
+        self._wait(limit_s, lambda: self.end_of(0) is not None or leave())
+        end = self.end_of(0)
+        return None if end is None else int(end["code"])
 
     def close(self, code: int, error: str | None = None) -> None:
         """Say how this node has ended, the first time. The first one waits for the others: the store may end with it."""
         if self._ended.is_set():
             return
-        with contextlib.suppress(NodeError):  # nobody listens then
-            self._set(f"end/{self.node.index}", json.dumps({"code": code, "error": error}))
+        self._tell(f"end/{self.node.index}", json.dumps({"code": code, "error": error}))
+        self._wait(LAST_WORDS_S, lambda: not self._to_tell)
         if self.node.is_first:
             self.others_said()
         self._ended.set()
+        self._due.set()
 
-    def _quietly_end(self, number: int) -> dict[str, Any] | None:
+    def _wait(self, limit_s: float, until: Callable[[], bool]) -> None:
+        """Until it is so, or time is up, or the store does not answer and it will not be."""
+        patience = Patience(limit_s)
         with contextlib.suppress(NodeError):
-            return self.end_of(number)
-        return None
+            while not until() and not patience.exhausted:
+                self._has_news()
+                time.sleep(BEAT_S / 4)
+                patience.look()
 
-    def _get(self, key: str) -> str | None:
-        with self._reached():
-            return self.store.get(key).decode() if self.store.check([key]) else None
+    def _has_news(self) -> bool:
+        """Whether the store was read since the last time; raises NodeError where it is gone or does not answer."""
+        shared = f"node 0 of {self.node.num}, with what the nodes share,"
+        if self._gone is not None:
+            raise NodeError(f"{shared} is gone ({self._gone}).")
+        self._answer.look()
+        if self._num_looked_at != self._num_read:
+            self._num_looked_at = self._num_read
+            self._answer.renew()
+            return True
+        if self._answer.exhausted:
+            raise NodeError(f"{shared} has not answered for {self._answer.spent_s:.0f} s; the run was ended.")
+        return False
 
-    def _set(self, key: str, value: str) -> None:
-        with self._reached():
-            self.store.set(key, value)
+    def _judge_beat(self, number: int) -> None:
+        last, patience = self._beats[number]
+        beat = self._read.get(f"beat/{number}")
+        patience.look()
+        if beat is not None and beat != last:
+            patience.limit_s = self.silence_s
+            patience.renew()
+            self._beats[number] = (beat, patience)
+        if patience.exhausted:
+            seen = "has shown no sign of life" if last else "has not come"
+            raise NodeError(
+                f"node {number} of {self.node.num} {seen} for {patience.spent_s:.0f} s; the run was ended. See the outer "
+                "launcher's output there."
+            )
 
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # torch has several
-            first = str(error).partition("\n")[0]
-            raise NodeError(f"node 0 of {self.node.num}, with what the nodes share, is gone ({first}).") from error
+    def _tell(self, key: str, value: str) -> None:
+        self._to_tell.append((key, value))
+        self._due.set()
 
-    def _beat(self) -> None:
+    def _exchange(self) -> None:
         number = 0
-        while not self._ended.wait(BEAT_S):
+        while not self._ended.is_set():
+            self._due.clear()
             number += 1
-            with contextlib.suppress(NodeError):  # whoever looks says it
-                self._set(f"beat/{self.node.index}", str(number))
+            try:
+                while self._to_tell:
+                    self.store.set(*self._to_tell[0])
+                    self._to_tell.popleft()
+                self.store.set(f"beat/{self.node.index}", str(number))
+                self._read = self._read_all()
+            except Exception as error:  # torch has several
+                self._gone = str(error).partition("\n")[0]
+                return
+            self._num_read = number
+            self._due.wait(BEAT_S)
+
+    def _read_all(self) -> dict[str, str]:
+        """All that others tell; what the first announces after its end, so that an end alone is one without a run.
+
+        Ends are read until two readings agree: a node ends because another has failed, and alone it would look like the cause.
+        """
+        ends, beats = ([f"{name}/{number}" for number in self._beats] for name in ("end", "beat"))
+        read, before = self._get(ends), None
+        while read != before:
+            read, before = self._get(ends), read
+        return {**read, **self._get([*beats, "stop", "run"])}
+
+    def _get(self, keys: list[str]) -> dict[str, str]:
+        return {key: self.store.get(key).decode() for key in keys if self.store.check([key])}
 
 
 def lead(node: Node, run: Callable[[Link], int]) -> int:

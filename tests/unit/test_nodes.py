@@ -5,16 +5,19 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from fastreason import nodes
+from fastreason import follow, nodes
 from fastreason.arguments import build_parser
 from fastreason.errors import ConfigError, FastreasonError, NodeError
 from fastreason.nodes import Link, Node, Place, forget_launcher, heed, lead, node_of, open_store
 from fastreason.processes import free_port
+from fastreason.session import Outcome
 from fastreason.supervise import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +72,7 @@ class Shared:
     """A store in memory."""
 
     def __init__(self):
-        self.values, self.gone = {}, False
+        self.values, self.gone, self.stuck = {}, False, False
 
     def set(self, key, value):
         self._reach()
@@ -86,6 +89,9 @@ class Shared:
     def _reach(self):
         if self.gone:
             raise RuntimeError("Broken pipe")
+        end = time.monotonic() + 20.0
+        while self.stuck and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -97,6 +103,7 @@ def pair(monkeypatch):
     store = Shared()
     links = [Link(Node(index, 2, "n0", 1), store, silence_s=0.5) for index in (0, 1)]
     yield links
+    store.stuck = False
     for link in links:
         link._ended.set()
 
@@ -127,6 +134,7 @@ def test_a_first_machine_that_ends_before_its_run_is_not_waited_for(pair):
     with pytest.raises(NodeError, match="node 0 has ended with exit code 2"):
         second.await_run(second.look)
     first.store.set("end/0", '{"code": 2, "error": "train.lr=-1"}')
+    until(lambda: second.end_of(0)["error"])
     with pytest.raises(NodeError, match=r"node 0 has failed: train\.lr=-1"):
         second.await_run(second.look)
 
@@ -140,19 +148,106 @@ def test_a_machine_that_beats_is_not_lost_and_one_that_stops_is(pair):
 
 
 def test_a_machine_that_never_comes_is_named(pair):
-    first, second = pair
-    second._ended.set()
-    first.store.values.pop("beat/1", None)
+    alone = Link(Node(0, 2, "n0", 1), Shared(), silence_s=0.5)
     with pytest.raises(NodeError, match="node 1 of 2 has not come"):
-        looks(first, 5.0)
+        looks(alone, 5.0)
+    alone._ended.set()
 
 
 def test_a_store_that_is_gone_is_the_first_machine_s_end(pair):
     first, second = pair
     first.store.gone = True
     with pytest.raises(NodeError, match=r"node 0 of 2.*is gone.*Broken pipe"):
-        second.look()
+        looks(second, 5.0)
     second.close(1)  # and is no second error
+    assert second.await_code(60.0) is None, "waited for what cannot come"
+
+
+def test_a_first_machine_that_vanishes_without_a_word_is_not_waited_for(pair):
+    """Its store neither answers nor breaks off: a call of it has no limit."""
+    first, second = pair
+    looks(second, 0.3)
+    first.store.stuck = True
+    began = time.monotonic()
+    with pytest.raises(NodeError, match=r"node 0 of 2.*has not answered for"):
+        looks(second, 5.0)
+    second.close(1)
+    assert time.monotonic() - began < 5.0
+
+
+def test_a_machine_that_ends_before_the_first_is_missed(pair):
+    first, second = pair
+    looks(first, 0.3)
+    second.close(143)
+    with pytest.raises(NodeError, match="node 1 has ended with exit code 143 before the run has"):
+        looks(first, 5.0)
+    first.close(143)
+    assert second.end_of(0) is None and not second.others_said()
+
+
+def test_of_two_that_ended_the_one_that_failed_is_named(monkeypatch):
+    """The one that ended for it is read at the very moment at which both have come: between two readings of ends."""
+    monkeypatch.setattr(nodes, "BEAT_S", 0.05)
+
+    class Late(Shared):
+        def check(self, keys):
+            here = super().check(keys)
+            if keys == ["end/1"]:
+                self.values["end/1"] = b'{"code": 1, "error": "no space left"}'
+                self.values["end/2"] = b'{"code": 1, "error": null}'
+            return here
+
+    link = Link(Node(0, 3, "n0", 1), Late())
+    until(lambda: link._num_read)
+    with pytest.raises(NodeError, match="node 1 has failed: no space left"):
+        link.look()
+    link._ended.set()
+
+
+def test_who_is_to_leave_waits_for_no_run_and_no_code(pair):
+    second = pair[1]
+    began = time.monotonic()
+
+    def hear():
+        assert time.monotonic() - began < 5
+
+    assert second.await_run(hear, lambda: time.monotonic() - began > 0.2) is None
+    assert second.await_code(10.0, lambda: time.monotonic() - began > 0.4) is None
+    assert time.monotonic() - began < 8
+
+
+def test_a_follower_that_is_to_stop_now_asks_the_others_and_waits_for_nobody(monkeypatch, tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    request, asked = StopRequest(), []
+
+    class Hasty:
+        def __init__(self, *parts): ...
+        def start(self, part): ...
+        def stop(self): ...
+        def watch(self):
+            request(signal.SIGTERM, None)
+            request(signal.SIGTERM, None)
+            return Outcome(finished=False)
+
+    class Told:
+        node = Node(1, 2, "n0", 1)
+
+        def request_stop(self):
+            asked.append("stop")
+
+        def await_code(self, *limits):
+            raise AssertionError("it waits for the first machine")
+
+    session = SimpleNamespace(write=lambda: tmp_path / "session")
+    monkeypatch.setattr(follow, "Supervisor", Hasty)
+    monkeypatch.setattr(follow, "folders", lambda *parts: nullcontext(session))
+    monkeypatch.setattr(follow, "trainer_part", lambda *parts: None)
+    config = SimpleNamespace(run=None, train=SimpleNamespace(ranks=1))
+    monkeypatch.setattr(follow, "load_config", lambda path: config)
+    names = ("device", "attention", "liger", "groups_dir", "resume", "only", "port")
+    run = {"run_dir": str(tmp_path), **dict.fromkeys(names)}
+    assert follow.run_ranks(Told(), run, request) == 143
+    assert asked == ["stop"]
 
 
 def test_a_signal_to_one_machine_stops_all(pair):
@@ -161,8 +256,11 @@ def test_a_signal_to_one_machine_stops_all(pair):
     hears[0]()
     assert requests[0].number is None
     requests[1](signal.SIGTERM, None)
-    for hear in (hears[1], hears[0], hears[0], hears[1]):
-        hear()
+    hears[1]()
+    until(lambda: (hears[0](), requests[0].number is not None)[1])
+    until(lambda: "stop" in pair[1]._read)
+    hears[0]()
+    hears[1]()
     assert requests[0].number == signal.SIGTERM
     assert not any(request.urgent for request in requests), "heard twice, it must not become urgent"
     heed(None, requests[0])()
@@ -183,6 +281,7 @@ def test_a_signal_of_one_s_own_after_another_machine_s_is_the_first(pair):
 
 def test_the_first_machine_s_error_has_what_went_wrong_on_others(monkeypatch):
     monkeypatch.setattr(nodes, "BEAT_S", 0.05)
+    monkeypatch.setattr(nodes, "LAST_WORDS_S", 1.0)
     store = Shared()
     monkeypatch.setattr(nodes, "open_store", lambda node: store)
 
@@ -196,6 +295,16 @@ def test_the_first_machine_s_error_has_what_went_wrong_on_others(monkeypatch):
     store.values = {"end/1": b'{"code": 0, "error": null}'}
     assert lead(Node(0, 2, "n0", 1), lambda link: 0) == 0
     assert store.values["end/0"] == b'{"code": 0, "error": null}'
+
+
+def test_another_machine_that_says_nothing_is_waited_for_once(monkeypatch):
+    monkeypatch.setattr(nodes, "BEAT_S", 0.05)
+    monkeypatch.setattr(nodes, "LAST_WORDS_S", 1.0)
+    link = Link(Node(0, 2, "n0", 1), Shared())
+    link.close(1, "rank 0 lost a peer")
+    began = time.monotonic(), time.process_time()
+    assert link.others_said() == []
+    assert time.monotonic() - began[0] < 0.5 and time.process_time() - began[1] < 0.5
 
 
 def test_machines_meet_at_torch_s_own_store():
