@@ -244,7 +244,7 @@ def test_a_follower_that_is_to_stop_now_asks_the_others_and_waits_for_nobody(mon
     monkeypatch.setattr(follow, "trainer_part", lambda *parts: None)
     config = SimpleNamespace(run=None, train=SimpleNamespace(ranks=1))
     monkeypatch.setattr(follow, "load_config", lambda path: config)
-    names = ("device", "attention", "liger", "groups_dir", "resume", "only", "port")
+    names = ("device", "attention", "liger", "groups_dir", "resume", "only", "port", "sleeps")
     run = {"run_dir": str(tmp_path), **dict.fromkeys(names)}
     assert follow.run_ranks(Told(), run, request) == 143
     assert asked == ["stop"]
