@@ -21,7 +21,7 @@ import psutil
 from fastreason.config import Config
 from fastreason.cores import available_cores, require_cores
 from fastreason.errors import ConfigError
-from fastreason.resources import KEY_VARIABLE, num_engines
+from fastreason.resources import KEY_VARIABLE, check_address, num_engines
 
 GIB = 2**30
 # bf16 weights and gradients with fp32 master weights and two Adam moments, in units of the bf16 weights.
@@ -115,7 +115,12 @@ def check_port(config: Config | None) -> Check:
 def check_engines(config: Config | None, timeout_s: float = 5.0) -> list[Check]:
     """Whether the servers of `resources.urls` answer, and to the key in the environment."""
     checks, key = [], os.environ.get(KEY_VARIABLE, "")
-    for url in config.resources.urls if config is not None else ():
+    for index, url in enumerate(config.resources.urls if config is not None else ()):
+        try:
+            check_address(index, url)
+        except ConfigError as error:
+            checks.append(Check(f"engine {index}", "fail", "no address", str(error)))
+            continue
         seen, advice = "answers", ""
         try:
             request = urllib.request.Request(f"{url.rstrip('/')}/health", headers={"Authorization": f"Bearer {key}"})

@@ -114,13 +114,7 @@ def _check_remote(config: Config) -> None:
     """What engines that run elsewhere need of the config and of the environment."""
     resources, rollout = config.resources, config.rollout
     for index, url in enumerate(resources.urls):
-        if not _is_address(url):
-            # What may be a secret is not said again.
-            shown = "" if any(mark in url for mark in SECRET_MARKS) else f" {url!r}"
-            raise ConfigError(
-                f"resources.urls[{index}]:{shown} is no address of a server. Write e.g. http://node1:8000, or https://... "
-                f"behind a proxy of yours; its key is not part of it but in {KEY_VARIABLE}."
-            )
+        check_address(index, url)
     if len({url.rstrip("/") for url in resources.urls}) < len(resources.urls):
         raise ConfigError(f"resources.urls={resources.urls}: one is there twice. Name each server once.")
     if resources.engines not in (None, len(resources.urls)):
@@ -143,6 +137,17 @@ def _check_remote(config: Config) -> None:
         raise ConfigError(
             f"resources.urls: the key of these servers is missing. Set {KEY_VARIABLE} in the environment to what "
             "`fastreason serve` asks for there; it is never in a config."
+        )
+
+
+def check_address(index: int, url: str) -> None:
+    """Raise ConfigError where a place of `resources.urls` holds no address of a server."""
+    if not _is_address(url):
+        # What may be a secret is not said again.
+        shown = "" if any(mark in url for mark in SECRET_MARKS) else f" {url!r}"
+        raise ConfigError(
+            f"resources.urls[{index}]:{shown} is no address of a server. Write e.g. http://node1:8000, or https://... "
+            f"behind a proxy of yours; its key is not part of it but in {KEY_VARIABLE}."
         )
 
 

@@ -232,6 +232,9 @@ def test_engine_servers_elsewhere_are_asked_with_the_key(monkeypatch):
 
     with_web_server([web.get("/health", health)], use)
     assert check_engines(None) == check_engines(make_config()) == []
+    for url in ("http://node1:abc", "file:///etc", "http://me:hush@node1:8000"):
+        (check,) = check_engines(make_config(resources={"urls": [url]}))
+        assert check.status == "fail" and "resources.urls[0]" in check.advice and "hush" not in str(check)
 
 
 @pytest.mark.parametrize(
