@@ -134,6 +134,15 @@ class ScriptedEngine:
     async def score(self, token_ids: list[int]) -> list[float]:
         raise NotImplementedError("nothing is scored here")
 
+    async def sleep(self) -> float:
+        raise NotImplementedError("it shares no device")
+
+    async def wake(self) -> float:
+        return 0.0  # it never sleeps
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
     async def generate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Completion]:
         request = Request(params.n, asyncio.get_running_loop().create_future())
         responses = [Response(self._length(params, index), request) for index in range(params.n)]

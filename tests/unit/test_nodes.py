@@ -312,7 +312,8 @@ def test_machines_meet_at_torch_s_own_store():
     first = open_store(Node(0, 2, "127.0.0.1", port))
     second = open_store(Node(1, 2, "127.0.0.1", port))
     first.set("run", "{}")
-    assert second.check(["run"]) and second.get("run") == b"{}" and not second.check(["what nobody has told"])
+    # The store does not acknowledge what is set: `get` waits for it, `check` sees it afterwards.
+    assert second.get("run") == b"{}" and second.check(["run"]) and not second.check(["what nobody has told"])
     # torchrun's store is there before us.
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     open_store(Node(0, 2, "127.0.0.1", agent.port, has_store=True)).set("run", "{}")
