@@ -102,7 +102,7 @@ def make_requests(config: Config, model_dir: Path, options: argparse.Namespace) 
 def server(config: Config, model_dir: Path, folder: Path) -> Iterator[tuple[str, str, int]]:
     """(url, key, process id) of a server as a run starts it."""
     from fastreason.rollout.server import new_key
-    from fastreason.rollout.vllm import make_server
+    from fastreason.rollout.vllm_server import make_server
 
     key = new_key()
     exchange = tempfile.mkdtemp(prefix="fastreason-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)

@@ -31,7 +31,8 @@ from fastreason.preflight import settle_dtypes
 from fastreason.rollout.connection import Connection
 from fastreason.rollout.server import new_key
 from fastreason.rollout.transfer import FileTransfer, Reports
-from fastreason.rollout.vllm import VllmEngine, make_server
+from fastreason.rollout.vllm import VllmEngine
+from fastreason.rollout.vllm_server import make_server
 from fastreason.types import LoadReport, SamplingParams, WeightUpdate
 
 LONGEST_PAUSE_S, SLACK = 0.7, 1.3

@@ -85,7 +85,7 @@ def run_producer(session: Session, config: Config) -> Outcome:
     from fastreason.algorithms import resolve_algorithm
     from fastreason.beats import Beat
     from fastreason.data import PromptCursor, load_problems, render_messages, render_token_ids, split_held_out
-    from fastreason.engine_clients import make_engine
+    from fastreason.engine_clients import make_engine, make_teacher
     from fastreason.filtering import verdict
     from fastreason.rewards import check_prompts, resolve_rewards
     from fastreason.rollout.books import Books
@@ -148,16 +148,6 @@ def run_producer(session: Session, config: Config) -> Outcome:
     progress.update("start engine")
     asyncio.run(main())
     return Outcome(finished=True)
-
-
-def make_teacher(config: Config) -> Any:
-    """The client of the teacher's server, or None where there is no such teacher."""
-    from fastreason.rollout.teacher import TeacherClient
-
-    if config.teacher.where != "server":
-        return None
-    assert config.teacher.url is not None
-    return TeacherClient(config.teacher.url, config.rollout.request_timeout_s)
 
 
 def only_rollouts(config: Config) -> Config:

@@ -1,4 +1,4 @@
-"""The producer's side of a run's engines: clients of the servers, one or several, or the engine itself.
+"""The producer's side of a run's engines and its teacher: clients of the servers, one or several, or the engine itself.
 
 A part of the composition root: it chooses by name and by what the session says.
 """
@@ -74,3 +74,13 @@ def verify_remote(session: Session, config: Config) -> Any:
 def say_of_one(on_event: Callable[[str, str, str], None], url: str, event: str, detail: str) -> None:
     """Pass on what has happened to one of several engines, with its address."""
     on_event(event, detail if url in detail else f"{url}: {detail}", url)
+
+
+def make_teacher(config: Config) -> Any:
+    """The client of the teacher's server, or None where there is no such teacher."""
+    from fastreason.rollout.teacher import TeacherClient
+
+    if config.teacher.where != "server":
+        return None
+    assert config.teacher.url is not None
+    return TeacherClient(config.teacher.url, config.rollout.request_timeout_s)

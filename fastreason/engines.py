@@ -77,7 +77,7 @@ def make_server(
 ) -> EngineServer:
     """A server of the configured engine, not yet started; `longest` sequence in tokens: by default what the run needs."""
     if config.rollout.engine == "vllm":
-        from fastreason.rollout.vllm import make_server
+        from fastreason.rollout.vllm_server import make_server
     else:
         from fastreason.rollout.fake_server import make_server
     return make_server(

@@ -196,6 +196,8 @@ class Link:
                 raise NodeError(
                     f"node {number} has ended with exit code {end['code']} before the run has; the run was ended."
                 )
+        if 0 in ends and ends[0]["code"]:
+            self.on_stop()  # it was stopped at once: its ranks are missed
         if not self._has_news():
             return
         for number in self._beats.keys() - ends.keys():

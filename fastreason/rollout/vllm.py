@@ -1,4 +1,4 @@
-"""vLLM behind the Engine protocol: a supervised API server process on loopback, and the client that talks to it.
+"""vLLM behind the Engine protocol: the client of an API server.
 
 Beside `vllm_server`, `vllm_worker` and `vllm_middleware`, which run in or start the server, the only file that knows vLLM.
 The client survives its server: a request that meets a dead or replaced one is sent again, with the same seed, after the
@@ -11,19 +11,17 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from fastreason.config import Config, RolloutConfig
+from fastreason.config import RolloutConfig
 from fastreason.errors import EngineError
 from fastreason.patience import Patience
-from fastreason.rollout import vllm_server
 from fastreason.rollout.connection import Connection, ServerLostError
 from fastreason.rollout.engine import sample_seed
 from fastreason.rollout.lifeline import Lifeline
-from fastreason.rollout.server import LOOPBACK, EngineServer
+from fastreason.rollout.server import LOOPBACK
 from fastreason.rollout.stamps import Stamps, stamp_versions
 from fastreason.rollout.transfer import call_workers, make_transfer
 from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdate
@@ -38,46 +36,6 @@ SLEEP, WAKE = "/sleep?level=2&mode=wait", "/wake_up?tags="
 FINAL_TOKENS = {"output_kind": 2, "detokenize": False}
 LOOK_S = 0.05  # between two looks for the next update
 SLOWEST_LOAD = 100e6  # bytes/s, from shared storage: for so long an engine may be silent beyond its other limits
-
-
-def make_server(
-    config: Config,
-    model_dir: str,
-    log_path: Path,
-    *,
-    max_model_len: int,
-    device: str,
-    exchange_dir: str,
-    key: str,
-    temporary_dir: str | None = None,
-    tenant_file: Path | None = None,
-    **where: str,
-) -> EngineServer:
-    """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
-
-    tenant_file: given where the server sleeps while another has its GPUs. where: `host` and `label` of EngineServer, for one
-    that runs elsewhere talk to.
-    """
-    options: dict[str, Any] = {
-        "dtype": config.model.dtype,
-        "max_model_len": max_model_len,
-        "seed": config.run.seed,
-        "device": device,
-        "sleeps": tenant_file is not None,
-        "host": where.get("host", LOOPBACK),
-    }
-    return EngineServer(
-        "vLLM server",
-        lambda port: vllm_server.server_command(config.rollout, model_dir, port, **options),
-        vllm_server.server_environment(
-            config.rollout, exchange_dir=exchange_dir, device=device, temporary_dir=temporary_dir
-        ),
-        log_path,
-        config.rollout,
-        key=key,
-        explain=vllm_server.explain_end,
-        **where,
-    )
 
 
 def open_group(port: int, world_size: int) -> Any:
@@ -127,10 +85,8 @@ class VllmEngine:
         self._num_sent = 0
         self._wanted: WeightUpdate | None = None  # what the engine is to hold: None for the model that it started with
         self._loaded: tuple[Connection, WeightUpdate, LoadReport] | None = None
-        self._sleeps, self._asleep = (
-            resting is not None,
-            False,
-        )  # at times; now, whatever the server may do at the moment
+        # At times; and now, whatever the server may do at the moment.
+        self._sleeps, self._asleep = resting is not None, False
         self._lifeline = Lifeline(
             lambda: Connection(name, self.url, key, config.request_timeout_s),
             self._revive,

@@ -10,11 +10,13 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
-from fastreason.config import RolloutConfig
+from fastreason.config import Config, RolloutConfig
 from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.exchange import EXCHANGE_VARIABLE
-from fastreason.rollout.server import LOOPBACK
+from fastreason.rollout.server import LOOPBACK, EngineServer
 
 KNOWN_ENDS = [
     (r"[Aa]ddress already in use", "the port is in use: set rollout.port to another, or to 0 for any free one"),
@@ -26,6 +28,44 @@ KNOWN_ENDS = [
      "a CUDA build of torchvision stands beside a CPU torch: pip uninstall torchvision torchaudio torchcodec"),
     (r"No module named 'vllm'", "vllm is not installed: run `make setup` (CPU) or pip install 'fastreason[vllm]'"),
 ]  # fmt: skip
+
+
+def make_server(
+    config: Config,
+    model_dir: str,
+    log_path: Path,
+    *,
+    max_model_len: int,
+    device: str,
+    exchange_dir: str,
+    key: str,
+    temporary_dir: str | None = None,
+    tenant_file: Path | None = None,
+    **where: str,
+) -> EngineServer:
+    """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
+
+    tenant_file: given where the server sleeps while another has its GPUs. where: `host` and `label` of EngineServer, for one
+    that runs elsewhere talk to.
+    """
+    options: dict[str, Any] = {
+        "dtype": config.model.dtype,
+        "max_model_len": max_model_len,
+        "seed": config.run.seed,
+        "device": device,
+        "sleeps": tenant_file is not None,
+        "host": where.get("host", LOOPBACK),
+    }
+    return EngineServer(
+        "vLLM server",
+        lambda port: server_command(config.rollout, model_dir, port, **options),
+        server_environment(config.rollout, exchange_dir=exchange_dir, device=device, temporary_dir=temporary_dir),
+        log_path,
+        config.rollout,
+        key=key,
+        explain=explain_end,
+        **where,
+    )
 
 
 def server_command(

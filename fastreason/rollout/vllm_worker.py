@@ -97,6 +97,7 @@ class WeightWorker:
 
     def fastreason_restore(self) -> dict[str, Any]:
         """Load the model's own files again, whatever has been loaded since the start; the engine must be paused."""
+        self.fastreason_held = "being loaded"
         self.model_runner.reload_weights()
         repack_embeddings(self.model_runner.get_model())
         self.fastreason_held = None

@@ -21,7 +21,8 @@ import pytest
 from fastreason.config import Config, RolloutConfig
 from fastreason.errors import EngineError
 from fastreason.rollout.server import LOOPBACK, EngineServer, new_key
-from fastreason.rollout.vllm import VllmEngine, make_server
+from fastreason.rollout.vllm import VllmEngine
+from fastreason.rollout.vllm_server import make_server
 from fastreason.types import Completion, SamplingParams, WeightUpdate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]

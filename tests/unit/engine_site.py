@@ -4,11 +4,14 @@ import asyncio
 
 from aiohttp import web
 
+from fastreason.config import RolloutConfig
 from fastreason.rollout import fake_server
 from fastreason.rollout.engine import sample_seed
 from fastreason.rollout.fake import FakeEngine
+from fastreason.rollout.fleet import Fleet
 from fastreason.rollout.server import hold_port
-from fastreason.rollout.vllm_middleware import INSTANCE_VARIABLE
+from fastreason.rollout.vllm import VllmEngine
+from fastreason.rollout.vllm_middleware import INSTANCE_VARIABLE, KEY_VARIABLE
 from fastreason.types import SamplingParams
 
 KEY = "s3cret"
@@ -69,3 +72,30 @@ class Site:
 
     def asked(self, path, instance=None):
         return [body for number, found, body in self.requests if found == path and instance in (None, number)]
+
+
+def with_fleet(monkeypatch, body, number=2, takes_over=False, patience_s=10.0, token_s=TOKEN_S, **keys):
+    """Run `body(sites, fleet, events)` with servers that are up and a started fleet; an event is (name, site, detail)."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+    async def run():
+        sites, events = [Site(monkeypatch, token_s) for _ in range(number)], []
+        for site in sites:
+            await site.up()
+
+        def client(site):
+            return VllmEngine(
+                site.url, KEY, RolloutConfig(), name="fake", spare=True, takes_over=takes_over,
+                on_event=lambda event, detail: events.append((event, site, detail)), **keys,
+            )  # fmt: skip
+
+        fleet = Fleet([client(site) for site in sites], patience_s, takes_over)
+        try:
+            await fleet.start()
+            return await body(sites, fleet, events)
+        finally:
+            await fleet.close()
+            for site in sites:
+                await site.down()
+
+    return asyncio.run(asyncio.wait_for(run(), 40))

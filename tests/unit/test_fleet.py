@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from engine_site import KEY, PARAMS, PROMPT, TOKEN_S, Site, expected
+from engine_site import KEY, PARAMS, PROMPT, TOKEN_S, Site, expected, with_fleet
 from test_engine_recovery import publish
 
 from fastreason.config import RolloutConfig
@@ -23,33 +23,6 @@ GENERATE, ONE = "/inference/v1/generate", SamplingParams(n=1, max_new_tokens=16,
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(EXCHANGE_VARIABLE, str(tmp_path))
     return tmp_path
-
-
-def with_fleet(monkeypatch, body, number=2, takes_over=False, patience_s=10.0, token_s=TOKEN_S, **keys):
-    """Run `body(sites, fleet, events)` with servers that are up and a started fleet."""
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-
-    async def run():
-        sites, events = [Site(monkeypatch, token_s) for _ in range(number)], []
-        for site in sites:
-            await site.up()
-
-        def client(site):
-            return VllmEngine(
-                site.url, KEY, RolloutConfig(), name="fake", spare=True, takes_over=takes_over,
-                on_event=lambda event, detail: events.append((event, site, detail)), **keys,
-            )  # fmt: skip
-
-        fleet = Fleet([client(site) for site in sites], patience_s, takes_over)
-        try:
-            await fleet.start()
-            return await body(sites, fleet, events)
-        finally:
-            await fleet.close()
-            for site in sites:
-                await site.down()
-
-    return asyncio.run(asyncio.wait_for(run(), 40))
 
 
 def loads(site):

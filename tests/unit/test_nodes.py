@@ -185,6 +185,16 @@ def test_a_machine_that_ends_before_the_first_is_missed(pair):
     assert second.end_of(0) is None and not second.others_said()
 
 
+def test_a_first_machine_that_was_stopped_at_once_has_the_others_stop(pair):
+    """Its ranks are missed, and it has no error to tell."""
+    asked = []
+    pair[1].on_stop = lambda: asked.append("stop")
+    pair[0].close(130)
+    until(lambda: pair[1].end_of(0) is not None)
+    pair[1].look()
+    assert asked == ["stop"]
+
+
 def test_of_two_that_ended_the_one_that_failed_is_named(monkeypatch):
     """The one that ended for it is read at the very moment at which both have come: between two readings of ends."""
     monkeypatch.setattr(nodes, "BEAT_S", 0.05)

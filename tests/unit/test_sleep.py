@@ -7,7 +7,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from engine_site import Site
+from engine_site import with_fleet
 from producer_stage import make_config, running
 from test_engine_recovery import KEY, PROMPT, folder, held, publish, with_engine  # noqa: F401 (folder: a fixture)
 from test_loop import World, make_loop
@@ -16,9 +16,7 @@ from fastreason import compose
 from fastreason.config import RolloutConfig
 from fastreason.errors import EngineError, InterruptedWaitError, StuckError
 from fastreason.rollout import fake_server
-from fastreason.rollout.fleet import Fleet
 from fastreason.rollout.vllm import VllmEngine
-from fastreason.rollout.vllm_middleware import KEY_VARIABLE
 from fastreason.rollout.vllm_worker import WeightWorker
 from fastreason.session import Session
 from fastreason.tenancy import Tenancy
@@ -222,27 +220,9 @@ async def until(condition):
         await asyncio.sleep(0.01)
 
 
-def sleeping_fleet(monkeypatch, body, patience_s=10.0, **keys):
-    """Run `body(sites, fleet, events)` with two servers that are up."""
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-
-    async def run():
-        sites, events = [Site(monkeypatch, 0.0) for _ in range(2)], []
-        for site in sites:
-            await site.up()
-        options = {"spare": True, "hang_timeout_s": 0.3, "resting": lambda: False, **keys}
-        options["on_event"] = lambda event, detail: events.append(event)
-        engines = [VllmEngine(site.url, KEY, RolloutConfig(), name="fake", **options) for site in sites]
-        fleet = Fleet(engines, patience_s)
-        await fleet.start()
-        try:
-            return await body(sites, fleet, events)
-        finally:
-            await fleet.close()
-            for site in sites:
-                await site.down()
-
-    return asyncio.run(asyncio.wait_for(run(), 40))
+def sleeping_fleet(monkeypatch, body, **keys):
+    options = {"token_s": 0.0, "hang_timeout_s": 0.3, "resting": lambda: False, **keys}
+    return with_fleet(monkeypatch, body, **options)
 
 
 def memory(sites):
@@ -255,7 +235,7 @@ def test_several_engines_sleep_as_one_and_one_that_was_away_does_what_they_do(mo
     async def body(sites, fleet, events):
         async def back(number):
             await sites[0].up()
-            await until(lambda: events.count("engine_back") == number)
+            await until(lambda: [name for name, *_ in events].count("engine_back") == number)
 
         await fleet.load_weights(first)
         assert await fleet.sleep() > 0 and memory(sites) == [0, 0]

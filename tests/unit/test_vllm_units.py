@@ -11,12 +11,11 @@ from fastreason.errors import EngineError
 from fastreason.exchange import EXCHANGE_VARIABLE
 from fastreason.rollout.server import EngineServer, hold_port, new_key
 from fastreason.rollout.stamps import Mark, Stamps, stamp_versions
-from fastreason.rollout.vllm import make_server
 from fastreason.rollout.vllm_middleware import (
     INSTANCE_VARIABLE,
     KEY_VARIABLE,
 )
-from fastreason.rollout.vllm_server import explain_end, server_command, server_environment
+from fastreason.rollout.vllm_server import explain_end, make_server, server_command, server_environment
 
 KEY = "s3cret"
 

@@ -169,6 +169,14 @@ def test_tokens_are_counted_in_either_model_runner():
 def test_the_weights_of_the_start_can_be_had_back(exchange):
     path, made = exchange / "w.safetensors", worker()
     made.fastreason_load(str(path), publish(path))
+
+    def half():
+        raise OSError("the model's folder is gone")
+
+    made.model_runner.reload_weights = half
+    with pytest.raises(OSError, match="gone"):
+        made.fastreason_restore()
+    assert made.fastreason_beat() == {"checksum": "being loaded"}, "it may hold half of either"
     made.model_runner.reload_weights = lambda: made.model_runner._held.clear()
     made.fastreason_restore()
     assert made.model_runner._held == {} and made.fastreason_beat() == {"checksum": None}
