@@ -523,7 +523,7 @@ def test_the_plain_loop_clips_moves_and_has_clipped_ratios(one_rank):
     way = distance(stages["exact"]["weights"], {name: tensor.detach() for name, tensor in start.items()})
     assert distance(stages["torch"]["weights"], stages["exact"]["weights"]) < 1e-4 * way
     shares = [result["clip_share"] for result in one_rank["stages"]["zero-2/1"]["results"]]
-    assert all(0.1 < share < 0.9 for share in shares[:4]) and 0.9 < shares[4] < 1, "in each, some are and some are not"
+    assert all(0 < share < 1 for share in shares), "in each update some tokens are clipped and some are not"
 
 
 @pytest.mark.slow
