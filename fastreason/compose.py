@@ -229,7 +229,7 @@ def run_trainer(session: Session, config: Config) -> Outcome:
         algorithm=algorithm,
         updater=updater,
         ranks=ranks,
-        publisher=make_publisher(session, config, device),
+        publisher=make_publisher(session, config, device, policy.model),
         checkpoints=store,
         run_dir=run_dir,
         layout=choose_layout(config.train.share_prompts, session.attention, session.device),
@@ -285,11 +285,12 @@ def save_adapter_of(updater: Any, config: Config, run_dir: Path) -> None:
         save_adapter(tensors, updater.engine.module.model, config.model.path, run_dir / "adapter")
 
 
-def make_publisher(session: Session, config: Config, device: Any) -> Any:
+def make_publisher(session: Session, config: Config, device: Any, model: Any) -> Any:
     """The trainer's side of `rollout.transport`."""
     import torch
 
     from fastreason import sync
+    from fastreason.lora import save_settings
 
     def open_group(port: int, world_size: int) -> Any:
         from fastreason.rollout.vllm import open_group
@@ -297,6 +298,10 @@ def make_publisher(session: Session, config: Config, device: Any) -> Any:
         return open_group(port, world_size)
 
     dtype = getattr(torch, config.model.dtype)
+    if config.lora.applied_by_engine:
+        return sync.AdapterPublisher(
+            Path(session.exchange_dir), dtype, partial(save_settings, model, config.model.path)
+        )
     return sync.make_publisher(config.rollout.transport, Path(session.exchange_dir), dtype, device, open_group)
 
 

@@ -27,11 +27,13 @@ def make_engine(session: Session, config: Config, on_event: Callable[..., None])
     from fastreason.resources import KEY_VARIABLE
     from fastreason.rollout.fleet import Fleet
     from fastreason.rollout.vllm import VllmEngine
+    from fastreason.rollout.vllm_adapter import ADAPTER_NAME
 
     # The producer before this one has had their answers.
     takes_over, number, remote = session.ready_file.exists(), len(session.engine_urls), bool(config.resources.urls)
     several = number > 1 or remote
     verify = verify_remote(session, config) if remote else None
+    adapter = ADAPTER_NAME if config.lora.applied_by_engine else None
     clients = []
     for index, url in enumerate(session.engine_urls):
         label = engine_label(index, number)
@@ -51,6 +53,7 @@ def make_engine(session: Session, config: Config, on_event: Callable[..., None])
                 key_hint=f": set {KEY_VARIABLE} to that of the server" if remote else "",
                 name=config.rollout.engine,
                 verify=verify,
+                adapter=adapter,
             )
         )
     return Fleet(list(clients), config.rollout.startup_timeout_s, takes_over) if several else clients[0]
@@ -60,6 +63,7 @@ def verify_remote(session: Session, config: Config) -> Any:
     """The look at a server elsewhere before it is used."""
     from fastreason.models import max_model_len, read_model_config
     from fastreason.rollout.identity import PROBE_FILE, describe_model, make_verify
+    from fastreason.rollout.vllm_adapter import padded_rank
 
     probe = Path(session.exchange_dir) / PROBE_FILE
     probe.write_text(secrets.token_hex(8), encoding="utf-8")
@@ -67,6 +71,7 @@ def verify_remote(session: Session, config: Config) -> Any:
         **describe_model(session.model_dir, session.model_dir),
         "max_model_len": max_model_len(config, read_model_config(Path(session.model_dir))),
         "dtype": config.model.dtype,
+        "adapter_rank": padded_rank(config.lora.rank or 0) if config.lora.applied_by_engine else None,
     }
     return make_verify(mine, probe)
 

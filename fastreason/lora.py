@@ -23,6 +23,7 @@ from fastreason.errors import ConfigError
 
 ADAPTER = "default"  # peft's name of the only adapter of a model
 PREFIX = "base_model.model."  # of every name in a file that peft reads
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class Weight(NamedTuple):
@@ -189,6 +190,28 @@ def head_pairs(model: nn.Module) -> list[tuple[str, LoraHead]]:
     return [(name, pair) for name, pair in heads if pair is not None]
 
 
+def save_settings(model: Any, base: str, folder: Path) -> None:
+    """Write what peft and vLLM must know of an adapter beside its factors: adapter_config.json."""
+    settings = copy.copy(model.peft_config[ADAPTER])
+    settings.inference_mode, settings.base_model_name_or_path = True, base
+    settings.save_pretrained(str(folder))
+
+
+def write_first_adapter(
+    lora: LoraConfig, model: ModelConfig, model_dir: Path, dtype: torch.dtype, target: Path
+) -> None:
+    """The folder of an adapter whose factors are 0, for an engine to start with; the model is laid out without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        add_adapter(whole, lora)
+    factors = ((weight.name, weight.parameters[0]) for weight in adapter_weights(whole))
+    zeros = ((name, torch.zeros(factor.shape, dtype=dtype)) for name, factor in factors)
+    save_adapter(zeros, whole, model.path, target)
+
+
 def save_adapter(tensors: Iterable[tuple[str, Tensor]], model: Any, base: str, target: Path) -> None:
     """Write an adapter's folder, which peft and vLLM load, aside and renamed; `base` is what it says it was trained on."""
     from safetensors.torch import save_file
@@ -196,11 +219,7 @@ def save_adapter(tensors: Iterable[tuple[str, Tensor]], model: Any, base: str, t
     aside = target.with_name(target.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    settings = copy.copy(model.peft_config[ADAPTER])
-    settings.inference_mode, settings.base_model_name_or_path = True, base
-    settings.save_pretrained(str(aside))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors}, aside / "adapter_model.safetensors", {"format": "pt"}
-    )
+    save_settings(model, base, aside)
+    save_file({name: tensor.contiguous() for name, tensor in tensors}, aside / ADAPTER_FILE, {"format": "pt"})
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)

@@ -43,7 +43,6 @@ def preflight(
     device = choose_device(config.train.device)
     offline = config.offline.objective is not None
     unchecked = check_offline_run(config, prepared) if offline else check_online_run(config, device, only)
-    check_adapter(config)
     train = config.train
     for key, cores in (
         ("rollout.cores", config.rollout.cores),
@@ -62,6 +61,7 @@ def preflight(
             parse_cores(gpus, key)
     liger = importlib.util.find_spec("liger_kernel") is not None
     placement = SPLIT if offline or only is not None else place(config, device)
+    check_adapter(config, placement.sleeps)
     decisions = Decisions(
         device=device,
         attention=decide_attention(config, device, longest_line(config)),
@@ -130,12 +130,33 @@ def sharing_notes(config: Config, placement: Placement, device: str, nodes: int 
     return (said, *check_sharing(config, placement, copies=copies, nodes=nodes))
 
 
-def check_adapter(config: Config) -> None:
+def check_adapter(config: Config, sleeps: bool = False) -> None:
     """Raise ConfigError where section lora cannot be met, as far as the model's folder is known."""
     from fastreason.lora import check_lora
 
     folder = Path(config.model.path)
     check_lora(config.lora, config.model, folder if folder.is_dir() else None)
+    if config.lora.applied_by_engine:
+        check_adapter_file(config, sleeps)
+
+
+def check_adapter_file(config: Config, sleeps: bool) -> None:
+    """Raise ConfigError where engines cannot be given the adapter alone."""
+    from fastreason.rollout.vllm_adapter import RANKS
+
+    rollout, reason = config.rollout, None
+    if config.offline.objective is not None:
+        reason = f"offline.objective={config.offline.objective} has no engine"
+    elif rollout.engine != "vllm":
+        reason = f"rollout.engine={rollout.engine} applies none, only vllm does"
+    elif rollout.transport in ("ipc", "nccl"):
+        reason = f"it is a file, and rollout.transport={rollout.transport} sends weights between GPUs"
+    elif sleeps:
+        reason = "an engine that sleeps gives up the model's own weights; resources.sleep=off would keep them"
+    elif config.lora.rank is not None and config.lora.rank > RANKS[-1]:
+        reason = f"vLLM takes ranks up to {RANKS[-1]}, and lora.rank={config.lora.rank}"
+    if reason is not None:
+        raise ConfigError(f"lora.publish=adapter: {reason}. Use lora.publish=merged.")
 
 
 def check_reference(algorithm: "ResolvedAlgorithm", config: Config) -> None:

@@ -85,6 +85,15 @@ class LoraConfig(Section):
         None, description="linear layers that get one, e.g. [q_proj, v_proj]; null: all but the head"
     )
     head: bool = Field(False, description="the head gets one too; refused where it is the embedding")
+    publish: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="what engines get: merged weights, or the adapter as a file that vLLM applies beside the model",
+    )
+
+    @property
+    def applied_by_engine(self) -> bool:
+        """Whether engines get the adapter alone."""
+        return self.rank is not None and self.publish == "adapter"
 
 
 class DataConfig(Section):

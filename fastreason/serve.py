@@ -21,14 +21,14 @@ from fastreason.errors import ConfigError
 from fastreason.exchange import ExchangeFolder
 from fastreason.launch import sweep_segments
 from fastreason.models import cache_folder, edited_model, max_model_len, read_model_config, resolve_model
-from fastreason.preflight import choose_device, settle_dtypes
+from fastreason.preflight import check_adapter, choose_device, settle_dtypes
 from fastreason.resources import KEY_VARIABLE, SERVED, engine_shares
 from fastreason.rollout.connection import Connection
 from fastreason.rollout.lifeline import Lifeline
 from fastreason.rollout.server import ANY_HOST, new_key
 from fastreason.serving import Keeper
 
-SECTIONS = ("run", "model", "data", "rollout", "train")  # of a run's config, those that say something about its engine
+SECTIONS = ("run", "model", "data", "rollout", "train", "lora")  # of a run's config: they say something of its engine
 LONGEST = 4096  # tokens, where nobody says more
 
 
@@ -65,6 +65,7 @@ def read_serve_config(options: argparse.Namespace) -> Config:
             "rollout.exchange_dir, at the same path."
         )
     engine_shares(config, choose_device(config.train.device))
+    check_adapter(config)
     return config
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastreason.errors import EngineError
 from fastreason.exchange import Digest, SumDigest, write_weights
+from fastreason.lora import ADAPTER_FILE
 from fastreason.transport import Manifest, TransferRequest, write_failure
 from fastreason.types import WeightUpdate
 
@@ -48,16 +49,47 @@ class Publisher:
 
     def write(self, source: WeightSource, version: int) -> WeightUpdate | None:
         """Gather (on all ranks) and write (on rank 0), piece by piece; returns the update on rank 0, None elsewhere."""
-        tensors = ((name, tensor.to(self._dtype)) for name, tensor in source.weights())
+        tensors = ((name, tensor.to(self._dtype)) for name, tensor in self._take(source))
         if source.rank != 0:
             for _ in tensors:
                 pass
             return None
-        path = self._folder / f"weights-{version:06d}.safetensors"
+        path = self._place(version)
         over = self._written.pop(0) if len(self._written) == KEPT_FILES else None
         digest = write_weights(path, tensors, over)
         self._written.append(path)
+        self._forget(over)
         return WeightUpdate(path=str(path), version=version, checksum=digest.hexdigest(), num_bytes=digest.num_bytes)
+
+    def _take(self, source: Any) -> Iterator[tuple[str, Tensor]]:
+        return source.weights()
+
+    def _place(self, version: int) -> Path:
+        return self._folder / f"weights-{version:06d}.safetensors"
+
+    def _forget(self, written_over: Path | None) -> None:
+        """Remove what else there is of a version whose file is another's now."""
+
+
+class AdapterPublisher(Publisher):
+    """Writes an adapter alone, each version a folder as peft and vLLM read it; `save_settings` puts its other file there."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, save_settings: Callable[[Path], None]) -> None:
+        super().__init__(folder, dtype)
+        self._save_settings = save_settings
+
+    def _take(self, source: Any) -> Iterator[tuple[str, Tensor]]:
+        return source.adapter()
+
+    def _place(self, version: int) -> Path:
+        folder = self._folder / f"adapter-{version:06d}"
+        folder.mkdir()
+        self._save_settings(folder)
+        return folder / ADAPTER_FILE
+
+    def _forget(self, written_over: Path | None) -> None:
+        if written_over is not None:
+            shutil.rmtree(written_over.parent)
 
 
 class StagedPublisher(ABC):

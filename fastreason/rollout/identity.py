@@ -34,13 +34,19 @@ def describe_model(model_dir: str, tokenizer_dir: str) -> dict[str, Any]:
     }
 
 
-def describe_server(model_dir: str, tokenizer_dir: str, max_model_len: int, dtype: str, probe: str) -> dict[str, Any]:
-    """What a server says of itself; `probe` is a file of the run's exchange folder, whose content shows that it is seen."""
+def describe_server(
+    model_dir: str, tokenizer_dir: str, max_model_len: int, dtype: str, probe: str, adapter_rank: int | None = None
+) -> dict[str, Any]:
+    """What a server says of itself; `probe` is a file of the run's exchange folder, whose content shows that it is seen.
+
+    adapter_rank: of those that it applies beside its model, None where it takes whole weights.
+    """
     content = None
     with contextlib.suppress(OSError, ValueError):
         content = published_file(probe).read_text(encoding="utf-8")
     described = describe_model(model_dir, tokenizer_dir)
-    return {**described, "max_model_len": max_model_len, "dtype": dtype, "probe": content}
+    limits = {"max_model_len": max_model_len, "dtype": dtype, "adapter_rank": adapter_rank}
+    return {**described, **limits, "probe": content}
 
 
 def local_folder(name: str) -> Path:
@@ -112,6 +118,12 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         reasons.append(
             f"it computes in {theirs['dtype']}, and the run in {mine['dtype']}: start it with model.dtype={mine['dtype']}"
         )
+    if theirs["adapter_rank"] != mine["adapter_rank"]:
+        here, there = (
+            "whole weights" if each is None else f"adapters of rank {each}"
+            for each in (mine["adapter_rank"], theirs["adapter_rank"])
+        )
+        reasons.append(f"it takes {there}, and the run publishes {here}: start it with section lora of this run")
     if mine["probe"] != theirs["probe"]:
         reasons.append(
             f"it cannot read what this run writes into {mine['folder']}: mount the storage of rollout.exchange_dir at the same "

@@ -1,6 +1,7 @@
 """vLLM behind the Engine protocol: the client of an API server.
 
-Beside `vllm_server`, `vllm_worker` and `vllm_middleware`, which run in or start the server, the only file that knows vLLM.
+Beside `vllm_server`, `vllm_worker`, `vllm_adapter` and `vllm_middleware`, which run in or start the server, the only file that
+knows vLLM.
 The client survives its server: a request that meets a dead or replaced one is sent again, with the same seed, after the
 next server holds the weights that were wanted last. `/inference/v1/generate` with n > 1 returns only the last finished
 choice (vLLM 0.28), so every sample is a request of its own, and finished ones are kept.
@@ -57,6 +58,7 @@ class VllmEngine:
     read about it (see Lifeline). `name` is the engine's: vllm, or fake where the fake engine's server answers. `verify` raises
     EngineError where a server is not one that this run can use; every server is shown to it first. `resting` is given where the
     engine sleeps at times, and says whether another has its GPU, so that none is started; `given_up` whether none ever will be.
+    `adapter` names the one that requests are for, where weights arrive as such.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class VllmEngine:
         verify: Callable[[Connection], Awaitable[None]] | None = None,
         resting: Callable[[], bool] | None = None,
         given_up: Callable[[], bool] = lambda: False,
+        adapter: str | None = None,
     ) -> None:
         self.name, self.version, self.url = name, 0, url.rstrip("/")
         self._spare, self._verify, self._told = spare, verify, asyncio.Event()
         self._told.set()
         self._config, self._stamps, self._given_up = config, Stamps(), given_up
+        self._model = {} if adapter is None else {"model": adapter}
         self._transfer = make_transfer(config.transport, config.tensor_parallel)
         self._num_sent = 0
         self._wanted: WeightUpdate | None = None  # what the engine is to hold: None for the model that it started with
@@ -142,6 +146,7 @@ class VllmEngine:
             "token_ids": prompt_token_ids,
             "sampling_params": sampling,
             "cache_salt": f"version {self.version}",
+            **self._model,
         }
         self._stamps.begin(name, self.version)
         try:
@@ -169,7 +174,8 @@ class VllmEngine:
 
     async def _score(self, token_ids: list[int], connection: Connection) -> list[float]:
         sampling = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "logprobs": 0}
-        body = {"token_ids": token_ids, "sampling_params": sampling, "cache_salt": f"version {self.version}"}
+        salt = f"version {self.version}"
+        body = {"token_ids": token_ids, "sampling_params": sampling, "cache_salt": salt, **self._model}
         answer = await connection.ask(GENERATE, body)
         entries = answer.body["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries, strict=True)]

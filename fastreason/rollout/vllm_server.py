@@ -17,6 +17,7 @@ from fastreason.config import Config, RolloutConfig
 from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.exchange import EXCHANGE_VARIABLE
 from fastreason.rollout.server import LOOPBACK, EngineServer
+from fastreason.rollout.vllm_adapter import ADAPTER_NAME, ADAPTER_VARIABLE, padded_rank
 
 KNOWN_ENDS = [
     (r"[Aa]ddress already in use", "the port is in use: set rollout.port to another, or to 0 for any free one"),
@@ -45,21 +46,29 @@ def make_server(
 ) -> EngineServer:
     """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
 
-    tenant_file: given where the server sleeps while another has its GPUs. where: `host` and `label` of EngineServer, for one
-    that runs elsewhere talk to.
+    tenant_file: given where the server sleeps while another has its GPUs. where: `adapter_dir` of the adapter to start with,
+    for a server that is to get others; `host` and `label` of EngineServer, for one that runs elsewhere talk to.
     """
+    adapter_dir = where.pop("adapter_dir", None)
     options: dict[str, Any] = {
         "dtype": config.model.dtype,
         "max_model_len": max_model_len,
         "seed": config.run.seed,
         "device": device,
         "sleeps": tenant_file is not None,
+        "adapter": (adapter_dir, config.lora.rank) if adapter_dir and config.lora.rank else None,
         "host": where.get("host", LOOPBACK),
     }
     return EngineServer(
         "vLLM server",
         lambda port: server_command(config.rollout, model_dir, port, **options),
-        server_environment(config.rollout, exchange_dir=exchange_dir, device=device, temporary_dir=temporary_dir),
+        server_environment(
+            config.rollout,
+            exchange_dir=exchange_dir,
+            device=device,
+            temporary_dir=temporary_dir,
+            adapter_dir=adapter_dir,
+        ),
         log_path,
         config.rollout,
         key=key,
@@ -79,8 +88,12 @@ def server_command(
     device: str,
     sleeps: bool = False,
     host: str = LOOPBACK,
+    adapter: tuple[str, int] | None = None,
 ) -> list[str]:
-    """The command line of one server; holds no secret. sleeps: it can give up its memory (on a GPU)."""
+    """The command line of one server; holds no secret.
+
+    sleeps: it can give up its memory (on a GPU). adapter: (folder, rank) of the one that it starts with.
+    """
     assert dtype != "auto", "vLLM's own auto is the dtype of the model's files, not the run's"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = {
@@ -109,11 +122,21 @@ def server_command(
         options["--gpu-memory-utilization"] = config.gpu_memory_utilization
         if config.transport in ("ipc", "nccl"):
             options["--weight-transfer-config"] = json.dumps({"backend": config.transport})
+    if adapter is not None:
+        folder, rank = adapter
+        flags += ["--enable-lora"]
+        options["--lora-modules"] = json.dumps({"name": ADAPTER_NAME, "path": folder})
+        options["--max-lora-rank"] = padded_rank(rank)
     return command + [str(part) for pair in options.items() for part in pair] + flags
 
 
 def server_environment(
-    config: RolloutConfig, *, exchange_dir: str, device: str, temporary_dir: str | None = None
+    config: RolloutConfig,
+    *,
+    exchange_dir: str,
+    device: str,
+    temporary_dir: str | None = None,
+    adapter_dir: str | None = None,
 ) -> dict[str, str]:
     """What the server gets through its environment beside the key: the exchange folder, and vLLM's own settings."""
     environment = {
@@ -127,6 +150,8 @@ def server_environment(
         # Longer than the client keeps idle connections: a server that closes one just as it is reused loses a request.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
+    if adapter_dir is not None:
+        environment[ADAPTER_VARIABLE] = adapter_dir
     if config.transport == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the handles come pickled, behind the middleware
     if device == "cpu":

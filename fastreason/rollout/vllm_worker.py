@@ -7,20 +7,23 @@ nothing of vLLM but the worker's `model_runner`, and so imports nothing of it.
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastreason.exchange import Digest, SumDigest, compare_held, published_file, read_weights
 from fastreason.rollout.identity import describe_server
+from fastreason.rollout.vllm_adapter import compare_adapter, replace_adapter, starts_with_adapter
 
 if TYPE_CHECKING:
     import torch
 
 
 class WeightWorker:
-    """Mixed into vLLM's worker; `model_runner` and `model_config` are the worker's."""
+    """Mixed into vLLM's worker; `model_runner`, `model_config` and `vllm_config` are the worker's."""
 
     model_runner: Any
     model_config: Any
+    vllm_config: Any
     # Checksum of the weights loaded last, None for those of the start, else what is amiss.
     fastreason_held: str | None = None
     fastreason_watching: "Watch | None" = None
@@ -34,7 +37,9 @@ class WeightWorker:
         """What this server serves, for a run elsewhere that is about to use it."""
         served = self.model_config
         dtype = str(served.dtype).removeprefix("torch.")
-        return describe_server(served.model, served.tokenizer, served.max_model_len, dtype, probe)
+        lora = self.vllm_config.lora_config
+        rank = lora.max_lora_rank if lora is not None else None
+        return describe_server(served.model, served.tokenizer, served.max_model_len, dtype, probe, rank)
 
     def fastreason_prepare(self, path: str, checksum: str) -> dict[str, Any]:
         """Begin to read and check an exchange file while generation goes on; `fastreason_load` takes the result."""
@@ -58,12 +63,12 @@ class WeightWorker:
         tokens_before, forgets = count_tokens(self.model_runner), forgets_preempted(self.model_runner)
         self.fastreason_held = "being loaded"
         reloading = time.perf_counter()
-        self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
+        if starts_with_adapter():
+            replace_adapter(self, Path(path).parent)
+        else:
+            self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
         reload_s = time.perf_counter() - reloading
-        model = self.model_runner.get_model()
-        repack_embeddings(model)
-        fused = getattr(model, "packed_modules_mapping", {})
-        held_bytes, different = compare_held(model.named_parameters(), sent, fused)
+        held_bytes, different = self._fastreason_compare(path, sent)
         if different:
             raise ValueError(f"after loading, the engine holds other values than were sent in: {different[:5]}")
         self.fastreason_held = digest.hexdigest()
@@ -76,6 +81,14 @@ class WeightWorker:
             "tokens_before": tokens_before,
             "forgets_preempted": forgets,
         }
+
+    def _fastreason_compare(self, path: str, sent: "dict[str, torch.Tensor]") -> tuple[int, list[str]]:
+        """The bytes of what was sent that lie in the model as they were sent, and the names of those that do not."""
+        model = self.model_runner.get_model()
+        if starts_with_adapter():
+            return compare_adapter(self.model_runner, Path(path).parent, sent)
+        repack_embeddings(model)
+        return compare_held(model.named_parameters(), sent, getattr(model, "packed_modules_mapping", {}))
 
     def fastreason_watch(self) -> dict[str, Any]:
         """From here on take the digest of whatever the model is handed, by whom ever; the engine must be paused."""
@@ -96,10 +109,13 @@ class WeightWorker:
         return {}
 
     def fastreason_restore(self) -> dict[str, Any]:
-        """Load the model's own files again, whatever has been loaded since the start; the engine must be paused."""
+        """Load what it started with again, whatever has been loaded since; the engine must be paused."""
         self.fastreason_held = "being loaded"
-        self.model_runner.reload_weights()
-        repack_embeddings(self.model_runner.get_model())
+        if (first := starts_with_adapter()) is not None:
+            replace_adapter(self, first)
+        else:
+            self.model_runner.reload_weights()
+            repack_embeddings(self.model_runner.get_model())
         self.fastreason_held = None
         return {}
 

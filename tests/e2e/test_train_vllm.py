@@ -79,3 +79,21 @@ def test_too_large_a_cache_is_said_to_be_memory(train_run):
     assert run.run(timeout_s=300) == 1, run.output + run.logs()
     assert_one_clear_message(run, "vLLM server", "rollout.kv_cache_gib", "engine.log", "  | ")
     assert_nothing_left(run)
+
+
+def test_an_adapter_is_applied_by_the_engine_itself(train_run):
+    """Strictly on-policy and in fp32: were the engine's adapter another version's than the trainer's, they would differ."""
+    run = train_run(
+        rollout={**VLLM, "max_staleness": 0},
+        lora={"rank": 4, "alpha": 16, "targets": ["q_proj", "down_proj"], "publish": "adapter"},
+        algorithm={"kl": "k3", "kl_coef": 0.1},
+        train={"steps": 3, "prompts_per_step": 4, "lr": 1e-2},
+    )
+    assert run.run(timeout_s=600) == 0, run.output + run.logs()
+    assert_nothing_left(run)
+    rows = run.metrics()
+    assert [row["rollout/staleness_max"] for row in rows] == [0, 0, 0]
+    # The reference is the model without its adapter: what the engine samples from has left it.
+    assert rows[0]["kl/reference"] == 0 and rows[2]["kl/reference"] > 1e-3
+    assert all(row["mismatch/logp_abs_mean"] < 1e-5 for row in rows)
+    assert all(row["mismatch/logp_abs_max"] < 1e-4 for row in rows)

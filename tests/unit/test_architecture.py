@@ -72,7 +72,7 @@ ALLOWED = {
     "frozen": MEANING | PLUMBING | {"policy", "lora", "body"},
     "critic": MEANING | PLUMBING | {"policy", "update", "body"},
     "update": MEANING | PLUMBING | {"policy", "critic", "lora"},
-    "sync": MEANING | PLUMBING | {"policy"},
+    "sync": MEANING | PLUMBING | {"policy", "lora"},
     "objectives": MEANING | {"policy"},
     **dict.fromkeys(("loop", "training"), PARTS | PROTOCOLS),
     "offline": PARTS | PROTOCOLS | {"objectives", "loop"},
@@ -102,7 +102,7 @@ PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "fastreason_kernels"}
 ADAPTED = {"trl", "verl", "liger_kernel", "transformers"}
-AT_MOST_ONE = {"vllm": {"rollout.vllm"}, "deepspeed": {"update.deepspeed"}, "peft": {"lora"}}
+AT_MOST_ONE = {"vllm": {"rollout.vllm", "rollout.vllm_adapter"}, "deepspeed": {"update.deepspeed"}, "peft": {"lora"}}
 
 
 def under(name: str, prefixes: set[str]) -> bool:

@@ -54,7 +54,12 @@ def start(tmp_path, monkeypatch):
         async def run():
             site = Site(monkeypatch, model_dir=str(there), **{"dtype": "float32", **setup})
             await site.up()
-            described = {**describe_model(str(mine), str(mine)), "max_model_len": 64, "dtype": "float32"}
+            described = {
+                **describe_model(str(mine), str(mine)),
+                "max_model_len": 64,
+                "dtype": "float32",
+                "adapter_rank": None,
+            }
             engine = VllmEngine(
                 site.url, key, RolloutConfig(startup_timeout_s=5), name="fake", spare=True, hang_timeout_s=0.5,
                 key_hint=": set THE_KEY", verify=make_verify(described, probe),

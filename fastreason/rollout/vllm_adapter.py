@@ -1,0 +1,88 @@
+"""An adapter beside a vLLM server's model: its name there, putting another in its place, and proving that it arrived.
+
+Runs inside vLLM's worker but for the names. vLLM pads every adapter to one of a few ranks, stacks the factors of layers that
+it fuses, and multiplies B by the scale; the model's own weights are never touched. Learnt on vLLM 0.28: a request that names an
+adapter with `load_inplace` has it read from its file at every step, so the worker replaces it once, and requests only name it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_NAME = "adapter"  # what requests call it; the bare model is "policy"
+ADAPTER_VARIABLE = "FASTREASON_ADAPTER"  # the folder of the one that the server starts with
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has memory laid out for
+
+
+def padded_rank(rank: int) -> int:
+    """The least rank of vLLM's that holds `rank`; raises StopIteration above the greatest, see `RANKS`."""
+    return next(each for each in RANKS if each >= rank)
+
+
+def starts_with_adapter() -> Path | None:
+    """In a worker: the folder of the adapter that its server started with, None where it has none and gets whole weights."""
+    folder = os.environ.get(ADAPTER_VARIABLE)
+    return Path(folder) if folder else None
+
+
+def replace_adapter(worker: Any, folder: Path) -> None:
+    """Have the only adapter's place taken by that in `folder`; requests in flight go on with it."""
+    from vllm.lora.request import LoRARequest
+
+    (number,) = worker.list_loras()
+    worker.add_lora(LoRARequest(lora_name=ADAPTER_NAME, lora_int_id=number, lora_path=str(folder), load_inplace=True))
+
+
+def compare_adapter(runner: Any, folder: Path, sent: "dict[str, torch.Tensor]") -> tuple[int, list[str]]:
+    """Compare the factors in the running layers with `sent`, those of `folder`, as `exchange.compare_held` does for weights.
+
+    A factor that no layer applies counts as different: vLLM passes over those of layers that it does not know.
+    """
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    manager = runner.lora_manager._adapter_manager
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    mapper = mapper.get_unstacked_mapper() if mapper is not None else None
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    factors = {}
+    for name, tensor in sent.items():
+        layer, is_a = parse_fine_tuned_lora_name(name, mapper)
+        factors[layer, is_a] = tensor if is_a else tensor * (settings["lora_alpha"] / settings["r"])
+    (slot,) = (index for index, number in enumerate(manager.lora_index_to_id) if number is not None)
+    return compare_factors(manager.modules, manager.packed_modules, slot, factors)
+
+
+def compare_factors(
+    layers: Mapping[str, Any],
+    packed: Mapping[str, list[str]],
+    slot: int,
+    factors: "dict[tuple[str, bool], torch.Tensor]",
+) -> tuple[int, list[str]]:
+    """(bytes found equal, names that differ) of `factors`, {(layer, whether it is A): A [r, in] or scaled B [out, r]}.
+
+    layers: vLLM's, by name, with `lora_a_stacked`, a tuple of [slots, 1, R, in], and `lora_b_stacked`, of [slots, 1, out, R].
+    packed: of a fused layer the names of those that it stacks. A factor that is divided among workers is left out.
+    """
+    import torch
+
+    num_bytes, left, different = 0, dict(factors), []
+    for name, layer in layers.items():
+        for index, part in enumerate(packed.get(name, [name])):
+            for is_a, stacks in ((True, layer.lora_a_stacked), (False, layer.lora_b_stacked)):
+                factor = left.pop((part, is_a), None)
+                if factor is None:
+                    continue
+                held = stacks[index][slot, 0]
+                held = held[: len(factor)] if is_a else held[:, : factor.shape[1]]
+                if held.shape != factor.shape:
+                    continue
+                if torch.equal(held, factor.to(held.device, held.dtype)):
+                    num_bytes += factor.numel() * factor.element_size()
+                else:
+                    different.append(f"{part}.{'A' if is_a else 'B'}")
+    return num_bytes, different + [f"{part}.{'A' if is_a else 'B'}" for part, is_a in left]
