@@ -61,7 +61,7 @@ def preflight(
             parse_cores(gpus, key)
     liger = importlib.util.find_spec("liger_kernel") is not None
     placement = SPLIT if offline or only is not None else place(config, device)
-    check_adapter(config, placement.sleeps)
+    check_adapter(config, device, placement.sleeps)
     decisions = Decisions(
         device=device,
         attention=decide_attention(config, device, longest_line(config)),
@@ -130,17 +130,17 @@ def sharing_notes(config: Config, placement: Placement, device: str, nodes: int 
     return (said, *check_sharing(config, placement, copies=copies, nodes=nodes))
 
 
-def check_adapter(config: Config, sleeps: bool = False) -> None:
+def check_adapter(config: Config, device: str, sleeps: bool = False) -> None:
     """Raise ConfigError where section lora cannot be met, as far as the model's folder is known."""
     from fastreason.lora import check_lora
 
     folder = Path(config.model.path)
     check_lora(config.lora, config.model, folder if folder.is_dir() else None)
     if config.lora.applied_by_engine:
-        check_adapter_file(config, sleeps)
+        check_adapter_file(config, device, sleeps)
 
 
-def check_adapter_file(config: Config, sleeps: bool) -> None:
+def check_adapter_file(config: Config, device: str, sleeps: bool) -> None:
     """Raise ConfigError where engines cannot be given the adapter alone."""
     from fastreason.rollout.vllm_adapter import RANKS
 
@@ -151,6 +151,10 @@ def check_adapter_file(config: Config, sleeps: bool) -> None:
         reason = f"rollout.engine={rollout.engine} applies none, only vllm does"
     elif rollout.transport in ("ipc", "nccl"):
         reason = f"it is a file, and rollout.transport={rollout.transport} sends weights between GPUs"
+    elif config.lora.head:
+        reason = "vLLM takes a head's adapter from few families of models, and lora.head=true"
+    elif device == "cuda" and config.model.dtype == "float32":
+        reason = "on a GPU vLLM applies none in float32; model.dtype=bfloat16 would do"
     elif sleeps:
         reason = "an engine that sleeps gives up the model's own weights; resources.sleep=off would keep them"
     elif config.lora.rank is not None and config.lora.rank > RANKS[-1]:

@@ -21,7 +21,8 @@ def starting_point(config: Config, run_dir: Path, only: str | None) -> tuple[Pat
     store = CheckpointStore(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     begins = not store.complete() and not read_summary(run_dir).get("finished")
     path, state = (None, START) if begins else store.latest()
-    began = load_config(run_dir / "config.yaml").lora
+    # How engines are given it is no part of what was trained.
+    began = load_config(run_dir / "config.yaml").lora.model_copy(update={"publish": config.lora.publish})
     if path is not None and config.lora != began:
         raise ConfigError(
             f"--resume {run_dir}: its checkpoint holds what was trained with lora={began.model_dump()}, not "

@@ -64,8 +64,10 @@ def read_serve_config(options: argparse.Namespace) -> Config:
             f"serve: --exchange-dir {folder}: no such folder. Give the one on shared storage that runs have as "
             "rollout.exchange_dir, at the same path."
         )
-    engine_shares(config, choose_device(config.train.device))
-    check_adapter(config)
+    device = choose_device(config.train.device)
+    engine_shares(config, device)
+    if config.lora.applied_by_engine:
+        check_adapter(config, device)
     return config
 
 

@@ -89,7 +89,7 @@ class AdapterPublisher(Publisher):
 
     def _forget(self, written_over: Path | None) -> None:
         if written_over is not None:
-            shutil.rmtree(written_over.parent)
+            shutil.rmtree(written_over.parent, ignore_errors=True)
 
 
 class StagedPublisher(ABC):

@@ -118,9 +118,11 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         reasons.append(
             f"it computes in {theirs['dtype']}, and the run in {mine['dtype']}: start it with model.dtype={mine['dtype']}"
         )
-    if theirs["adapter_rank"] != mine["adapter_rank"]:
+    if (theirs["adapter_rank"] is None) != (mine["adapter_rank"] is None) or (
+        mine["adapter_rank"] is not None and theirs["adapter_rank"] < mine["adapter_rank"]
+    ):
         here, there = (
-            "whole weights" if each is None else f"adapters of rank {each}"
+            "whole weights" if each is None else f"adapters of ranks up to {each}"
             for each in (mine["adapter_rank"], theirs["adapter_rank"])
         )
         reasons.append(f"it takes {there}, and the run publishes {here}: start it with section lora of this run")

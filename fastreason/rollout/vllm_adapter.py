@@ -41,7 +41,7 @@ def replace_adapter(worker: Any, folder: Path) -> None:
 def compare_adapter(runner: Any, folder: Path, sent: "dict[str, torch.Tensor]") -> tuple[int, list[str]]:
     """Compare the factors in the running layers with `sent`, those of `folder`, as `exchange.compare_held` does for weights.
 
-    A factor that no layer applies counts as different: vLLM passes over those of layers that it does not know.
+    Raises ValueError for factors that no layer applies: vLLM passes over those of layers that it does not know.
     """
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -54,7 +54,13 @@ def compare_adapter(runner: Any, folder: Path, sent: "dict[str, torch.Tensor]") 
         layer, is_a = parse_fine_tuned_lora_name(name, mapper)
         factors[layer, is_a] = tensor if is_a else tensor * (settings["lora_alpha"] / settings["r"])
     (slot,) = (index for index, number in enumerate(manager.lora_index_to_id) if number is not None)
-    return compare_factors(manager.modules, manager.packed_modules, slot, factors)
+    num_bytes, different, passed_over = compare_factors(manager.modules, manager.packed_modules, slot, factors)
+    if passed_over:
+        raise ValueError(
+            f"vLLM applies no adapter to {sorted(set(passed_over))[:5]}: leave these layers out of lora.targets, or use "
+            "lora.publish=merged"
+        )
+    return num_bytes, different
 
 
 def compare_factors(
@@ -62,11 +68,11 @@ def compare_factors(
     packed: Mapping[str, list[str]],
     slot: int,
     factors: "dict[tuple[str, bool], torch.Tensor]",
-) -> tuple[int, list[str]]:
-    """(bytes found equal, names that differ) of `factors`, {(layer, whether it is A): A [r, in] or scaled B [out, r]}.
+) -> tuple[int, list[str], list[str]]:
+    """(bytes found equal, factors that differ, layers not there) of {(layer, whether it is A): A [r, in] or scaled B [out, r]}.
 
     layers: vLLM's, by name, with `lora_a_stacked`, a tuple of [slots, 1, R, in], and `lora_b_stacked`, of [slots, 1, out, R].
-    packed: of a fused layer the names of those that it stacks. A factor that is divided among workers is left out.
+    packed: of a fused layer the names of those that it stacks. What is divided among workers (`tp_size`) is not compared.
     """
     import torch
 
@@ -79,10 +85,10 @@ def compare_factors(
                     continue
                 held = stacks[index][slot, 0]
                 held = held[: len(factor)] if is_a else held[:, : factor.shape[1]]
-                if held.shape != factor.shape:
+                if held.shape != factor.shape and layer.tp_size > 1:
                     continue
                 if torch.equal(held, factor.to(held.device, held.dtype)):
                     num_bytes += factor.numel() * factor.element_size()
                 else:
                     different.append(f"{part}.{'A' if is_a else 'B'}")
-    return num_bytes, different + [f"{part}.{'A' if is_a else 'B'}" for part, is_a in left]
+    return num_bytes, different, [part for part, _ in left]

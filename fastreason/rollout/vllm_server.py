@@ -124,6 +124,8 @@ def server_command(
             options["--weight-transfer-config"] = json.dumps({"backend": config.transport})
     if adapter is not None:
         folder, rank = adapter
+        if device == "cpu":  # there vLLM copies the factors for every token of a step
+            options["--max-num-batched-tokens"] = max(1024, max_model_len)
         flags += ["--enable-lora"]
         options["--lora-modules"] = json.dumps({"name": ADAPTER_NAME, "path": folder})
         options["--max-lora-rank"] = padded_rank(rank)

@@ -105,7 +105,7 @@ def layer(parts):
             made.append(stack)
         return tuple(made)
 
-    return SimpleNamespace(lora_a_stacked=stacks(0), lora_b_stacked=stacks(1))
+    return SimpleNamespace(lora_a_stacked=stacks(0), lora_b_stacked=stacks(1), tp_size=1)
 
 
 def arrived():
@@ -122,14 +122,14 @@ def arrived():
 
 def test_factors_that_lie_in_the_layers_are_found_equal():
     layers, packed, factors = arrived()
-    assert compare_factors(layers, packed, 1, factors) == (3 * (15 + 12) * 4, [])
+    assert compare_factors(layers, packed, 1, factors) == (3 * (15 + 12) * 4, [], [])
 
 
 @pytest.mark.parametrize(("changed", "is_a"), [("l.k", True), ("l.k", False), ("l.down", False)])
 def test_a_factor_that_differs_is_named(changed, is_a):
     layers, packed, factors = arrived()
     factors[changed, is_a][-1, -1] += 1
-    num_bytes, different = compare_factors(layers, packed, 1, factors)
+    num_bytes, different, _ = compare_factors(layers, packed, 1, factors)
     assert different == [f"{changed}.{'A' if is_a else 'B'}"] and num_bytes < 3 * 27 * 4
 
 
@@ -137,13 +137,15 @@ def test_another_place_and_a_layer_that_the_engine_passed_over_are_no_arrival():
     layers, packed, factors = arrived()
     assert len(compare_factors(layers, packed, 0, factors)[1]) == 6
     factors["l.gate", True] = torch.ones(3, 5)
-    assert compare_factors(layers, packed, 1, factors)[1] == ["l.gate.A"]
+    assert compare_factors(layers, packed, 1, factors)[1:] == ([], ["l.gate"])
 
 
 def test_a_factor_that_is_divided_among_workers_is_left_out():
     layers, packed, factors = arrived()
     factors["l.down", False] = torch.ones(8, 3)
-    assert compare_factors(layers, packed, 1, factors) == ((3 * 27 - 12) * 4, [])
+    assert compare_factors(layers, packed, 1, factors)[1] == ["l.down.B"], "alone, it holds another"
+    layers["l.down"].tp_size = 2
+    assert compare_factors(layers, packed, 1, factors) == ((3 * 27 - 12) * 4, [], [])
 
 
 def test_a_worker_with_an_adapter_replaces_it_and_leaves_the_model_alone(publication, monkeypatch, tmp_path):
@@ -189,32 +191,36 @@ def test_ranks_are_those_that_vllm_has_room_for():
 
 
 @pytest.mark.parametrize(
-    ("keys", "sleeps", "words"),
+    ("keys", "device", "sleeps", "words"),
     [
-        ({"rollout": {"engine": "fake"}}, False, "rollout.engine=fake applies none, only vllm does"),
-        ({"rollout": {"transport": "nccl"}}, False, "rollout.transport=nccl sends weights between GPUs"),
-        ({}, True, "an engine that sleeps gives up the model's own weights"),
-        ({"lora": {"rank": 600, "publish": "adapter"}}, False, "ranks up to 512, and lora.rank=600"),
-        ({"offline": {"objective": "sft"}}, False, "offline.objective=sft has no engine"),
+        ({"rollout": {"engine": "fake"}}, "cpu", False, "rollout.engine=fake applies none, only vllm does"),
+        ({"rollout": {"transport": "nccl"}}, "cuda", False, "rollout.transport=nccl sends weights between GPUs"),
+        ({}, "cuda", True, "an engine that sleeps gives up the model's own weights"),
+        ({"lora": {"rank": 600, "publish": "adapter"}}, "cpu", False, "ranks up to 512, and lora.rank=600"),
+        ({"lora": {"rank": 8, "publish": "adapter", "head": True}}, "cpu", False, "lora.head=true"),
+        ({"model": {"path": "/m", "dtype": "float32"}}, "cuda", False, "on a GPU vLLM applies none in float32"),
+        ({"offline": {"objective": "sft"}}, "cpu", False, "offline.objective=sft has no engine"),
     ],
 )
-def test_an_engine_that_cannot_apply_it_is_refused_with_the_key(keys, sleeps, words):
+def test_an_engine_that_cannot_apply_it_is_refused_with_the_key(keys, device, sleeps, words):
     raw = {
         "model": {"path": "/m"},
         "data": {},
         "train": {"steps": 1, "prompts_per_step": 1},
         "lora": {"rank": 8, "publish": "adapter"},
     }
-    check_adapter_file(Config.model_validate(raw), False)
+    check_adapter_file(Config.model_validate(raw), device, False)
     with pytest.raises(ConfigError, match=f"lora.publish=adapter: .*{words}.*Use lora.publish=merged."):
-        check_adapter_file(Config.model_validate({**raw, **keys}), sleeps)
+        check_adapter_file(Config.model_validate({**raw, **keys}), device, sleeps)
 
 
 def test_a_server_elsewhere_that_takes_other_weights_is_refused():
     mine = {"config": {}, "weights": None, "tokenizer": None, "max_model_len": 8, "dtype": "float32", "probe": "1"}
     same = {**mine, "adapter_rank": 16}
     assert differences(same, same) == []
+    assert differences(same, {**mine, "adapter_rank": 64}) == []
+    assert differences({**mine, "adapter_rank": 64}, same) != []
     (reason,) = differences(same, {**mine, "adapter_rank": None})
-    assert reason.startswith("it takes whole weights, and the run publishes adapters of rank 16")
+    assert reason.startswith("it takes whole weights, and the run publishes adapters of ranks up to 16")
     (reason,) = differences({**mine, "adapter_rank": None}, same)
-    assert reason.startswith("it takes adapters of rank 16, and the run publishes whole weights")
+    assert reason.startswith("it takes adapters of ranks up to 16, and the run publishes whole weights")
