@@ -159,11 +159,12 @@ def test_right_and_wrong_responses_are_shown_in_turn() -> None:
     assert [one.sample for one in chosen(rows, 9)] == [0, 1, 2, 3]
 
 
-def write_run(folder: Path, seed: int, rewards: list[float], lr: float = 1e-6) -> Path:
+def write_run(folder: Path, seed: int, rewards: list[float], lr: float = 1e-6, **logged: float) -> Path:
     folder.mkdir()
     config = {"run": {"name": folder.name, "seed": seed}, "model": {"path": "m"}, "train": {"lr": lr}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [{"step": step, "reward/mean": reward, "loss/entropy": 1.0} for step, reward in enumerate(rewards, start=1)]
+    figures = {"loss/entropy": 1.0} | logged
+    rows = [{"step": step, "reward/mean": reward, **figures} for step, reward in enumerate(rewards, start=1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return folder
 
@@ -195,6 +196,14 @@ def test_the_run_that_made_an_evaluated_model_is_drawn(folders: list[Path], tmp_
     # Of two steps the second, with the entropy that was logged and no KL.
     assert section.tables[0].grid.rows == [["made", "1", "2", "0.2000", "1.0000", "-"]]
     assert training_section([], tmp_path) is None
+
+
+def test_token_entropy_and_kl_come_from_the_training_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "far", 0, [0.1, 0.2], **{"loss/entropy": 0.75, "kl/reference": 0.03})
+    section = training_section([run], tmp_path / "report")
+    assert section is not None and section.tables[0].grid.rows == [["far", "1", "2", "0.2000", "0.7500", "0.0300"]]
+    drawn = section.pictures[0].content.decode()
+    assert "token entropy, nats" in drawn and "KL to the initial model, nats" in drawn
 
 
 def test_a_page_escapes_everything() -> None:
