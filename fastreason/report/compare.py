@@ -3,6 +3,7 @@ r"""`fastreason report compare`: reads evaluations, draws, prints tables, and wr
 OUT/index.html             everything, self-contained
 OUT/tables.md, tables.tex  all tables
 OUT/<benchmark>/*.png,svg  all pictures
+OUT/<benchmark>/disagreements.jsonl  every response on which the two graders differ
 """
 
 import itertools
@@ -10,11 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fastreason.errors import ConfigError
 from fastreason.evaluation.rows import SAMPLES_FILE, EvalSample
 from fastreason.evaluation.tables import FORMATS, Grid, as_latex, as_markdown
+from fastreason.report.analysis import disagreement_reason, disagreements
 from fastreason.report.compare_pictures import CAPTIONS, PICTURES
-from fastreason.report.compare_tables import comparison_grids, problem_grid, problem_rows, score_grids
+from fastreason.report.compare_tables import (
+    DISAGREEMENTS_FILE,
+    comparison_grids,
+    disagreement_grid,
+    problem_grid,
+    problem_rows,
+    score_grids,
+)
 from fastreason.report.comparison import Comparison, read_comparisons
 from fastreason.report.page import Page, Picture, Section, Table, figure_bytes, render_page
 from fastreason.report.training_curves import read_run_groups, training_picture
@@ -47,6 +58,7 @@ def report_compare(
     grids = list(scores)
     for number, comparison in enumerate(comparisons):
         pictures = write_pictures(comparison, out / comparison.name)
+        write_disagreements(comparison, out / comparison.name)
         found = comparison_grids(comparison)
         grids += found
         sections.append(_section(comparison, number, found, pictures))
@@ -69,6 +81,20 @@ def write_pictures(comparison: Comparison, folder: Path) -> list[Picture]:
         if figure is not None:
             drawn.append(_write(figure, folder, name, CAPTIONS[name]))
     return drawn
+
+
+def write_disagreements(comparison: Comparison, folder: Path) -> None:
+    """Every response on which the two graders differ, a line each, whole; an empty file where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / DISAGREEMENTS_FILE, "wb") as file:
+        for evaluation in comparison.evaluations:
+            for row in disagreements(evaluation.rows):
+                line = {
+                    **{"model": evaluation.label, "problem": row.problem, "sample": row.sample, "gold": row.gold},
+                    **{"answer": row.answer, "math_verify": row.correct, "strict": row.strict},
+                    **{"reason": disagreement_reason(row), "response": row.response},
+                }
+                file.write(msgspec.json.encode(line) + b"\n")
 
 
 def training_section(run_dirs: Sequence[Path], out: Path) -> Section | None:
@@ -130,6 +156,8 @@ def _section(comparison: Comparison, number: int, grids: Sequence[Grid], picture
     everything = problem_grid(comparison, most=None)
     problems = Table(everything, number, [places[id] for _, id in problem_rows(comparison)])
     tables = [Table(grid) for grid in grids if grid.title != everything.title]
+    differing = disagreement_grid(comparison)
+    tables += [Table(differing)] if differing.rows else []
     return Section(comparison.title, tables=[*tables, problems], pictures=pictures)
 
 

@@ -1,5 +1,6 @@
 """fastreason report compare: tables by hand, the files it leaves, what it refuses, and curves over seeds."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -12,13 +13,14 @@ from fastreason.cli import main
 from fastreason.errors import ConfigError, DataError
 from fastreason.evaluation.rows import EvalSample
 from fastreason.evaluation.tables import Grid
-from fastreason.report.compare import chosen, runs_of, training_section
+from fastreason.report.compare import chosen, report_compare, runs_of, training_section, write_disagreements
 from fastreason.report.compare_pictures import PICTURES, bins_picture, pass_at_k_picture, transitions_picture
 from fastreason.report.compare_tables import (
     agreement_grid,
     bin_grid,
     capability_grid,
     comparison_grids,
+    disagreement_grid,
     entropy_grid,
     habits_grid,
     problem_grid,
@@ -69,6 +71,46 @@ def test_habits_entropy_and_graders_by_hand(comparison: Comparison) -> None:
     assert agreement_grid(comparison).rows[0] == ["base", "3", "13", "4", "0", "20.0", "free text 4"]
 
 
+def test_the_responses_on_which_the_graders_differ_are_listed(comparison: Comparison, tmp_path: Path) -> None:
+    grid = disagreement_grid(comparison)
+    assert grid.title == "sums: 8 responses on which the graders differ; also in sums/disagreements.jsonl"
+    assert grid.rows == [
+        [model, "p4", str(sample), "7", "7", "right", "wrong", "free text"]
+        for model in ("base", "trained")
+        for sample in range(4)
+    ]
+    write_disagreements(comparison, tmp_path / "sums")
+    lines = [json.loads(line) for line in (tmp_path / "sums" / "disagreements.jsonl").read_bytes().splitlines()]
+    assert len(lines) == 8 and lines[-1] == {
+        **{"model": "trained", "problem": "p4", "sample": 3, "gold": "7", "answer": "7", "math_verify": True},
+        **{"strict": False, "reason": "free text", "response": "Wait, so it is 7"},
+    }
+
+
+def test_of_many_disagreements_the_page_has_some_of_each_reason_and_says_how_many_more(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The strict grader calls all 20 right, 13 of them alone; responses 1 and 3 to p1 answer nothing.
+    text = r"\boxed{5} " + HOSTILE
+    write_evaluation(tmp_path, "odd", BASE, strict=True, response=text, gold=f"{HOSTILE}%")
+    monkeypatch.setattr("fastreason.report.compare_tables.MOST_DISAGREEMENTS", 3)
+    page = report_compare([folders[0], tmp_path / "odd"], tmp_path / "report").read_text()
+    (found,) = read_comparisons([folders[0], tmp_path / "odd"])
+    grid = disagreement_grid(found)
+    assert grid.title == "sums: 6 responses on which the graders differ; 11 more in sums/disagreements.jsonl"
+    # One that answers nothing shows its end; of each reason there is one before there are two.
+    assert [cells[:3] + cells[5:] for cells in grid.rows if cells[0] == "odd"] == [
+        ["odd", "p1", "1", "wrong", "right", "no answer found"],
+        ["odd", "p1", "0", "wrong", "right", "percent"],
+        ["odd", "p10", "0", "wrong", "right", "percent"],
+    ]
+    assert grid.rows[3][4] == f"… {text}"
+    assert html.escape(grid.title) in page and f'<td class="wide">{html.escape(HOSTILE)}%</td>' in page
+    assert "<img src=x" not in page and page.count("</script>") == 2
+    lines = (tmp_path / "report" / "sums" / "disagreements.jsonl").read_bytes().splitlines()
+    assert len(lines) == 17 and {json.loads(line)["model"] for line in lines} == {"base", "odd"}
+
+
 def test_problems_are_sorted_by_change(comparison: Comparison) -> None:
     assert [cells[0] for cells in problem_grid(comparison).rows] == ["p2", "p1", "p4", "p10", "p3"]
     assert problem_grid(comparison).rows[0] == ["p2", "1", "4", "+75.0", "7"]
@@ -98,9 +140,8 @@ def test_the_command_leaves_page_tables_and_pictures(folders: list[Path], tmp_pa
     assert r"\begin{tabular}" in printed.out and r"\toprule" in printed.out and f"page: {out}" in printed.err
     assert "| trained | 55.0 | +20.0 |" in (out / "tables.md").read_text()
     assert r"trained & 55.0 & +20.0 &" in (out / "tables.tex").read_text()
-    assert {path.name for path in (out / "sums").iterdir()} == {
-        f"{n}.{kind}" for n in PICTURES for kind in ("png", "svg")
-    }
+    pictures = {f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")}
+    assert {path.name for path in (out / "sums").iterdir()} == {*pictures, "disagreements.jsonl"}
     page = (out / "index.html").read_text()
     assert "<img src=x" not in page and page.count("</script>") == 2, (
         "no text of a model ends a script or makes an element"
