@@ -13,6 +13,7 @@ from fastreason.cli import main
 from fastreason.errors import ConfigError, DataError
 from fastreason.evaluation.rows import EvalSample
 from fastreason.evaluation.tables import Grid
+from fastreason.metrics import write_summary
 from fastreason.report.compare import chosen, report_compare, runs_of, training_section, write_disagreements
 from fastreason.report.compare_pictures import PICTURES, bins_picture, pass_at_k_picture, transitions_picture
 from fastreason.report.compare_tables import (
@@ -28,7 +29,7 @@ from fastreason.report.compare_tables import (
 )
 from fastreason.report.comparison import Comparison, read_comparisons
 from fastreason.report.page import Page, Section, Table, figure_bytes, render_page
-from fastreason.report.training_curves import read_run_groups, training_picture
+from fastreason.report.training_curves import PANELS, read_run_groups, training_grid, training_picture
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_right_and_wrong_responses_are_shown_in_turn() -> None:
     assert [one.sample for one in chosen(rows, 9)] == [0, 1, 2, 3]
 
 
-def write_run(folder: Path, seed: int, rewards: list[float], lr: float = 1e-6, **logged: float) -> Path:
+def write_run(folder: Path, seed: int, rewards: list[float], lr: float = 1e-6, **logged: float | None) -> Path:
     folder.mkdir()
     config = {"run": {"name": folder.name, "seed": seed}, "model": {"path": "m"}, "train": {"lr": lr}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -208,6 +209,9 @@ def write_run(folder: Path, seed: int, rewards: list[float], lr: float = 1e-6, *
     rows = [{"step": step, "reward/mean": reward, **figures} for step, reward in enumerate(rewards, start=1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return folder
+
+
+RUNS = (("grpo", [0.1, 0.5], 1e-6), ("raft", [0.1, 0.6], 1e-5))
 
 
 def test_runs_that_differ_in_their_seed_are_one_curve_with_its_spread(tmp_path: Path) -> None:
@@ -234,8 +238,9 @@ def test_the_run_that_made_an_evaluated_model_is_drawn(folders: list[Path], tmp_
     assert found == [run]
     section = training_section(found, tmp_path / "report")
     assert section is not None and (tmp_path / "report" / "training.svg").is_file()
-    # Of two steps the second, with the entropy that was logged and no KL.
-    assert section.tables[0].grid.rows == [["made", "1", "2", "0.2000", "1.0000", "-"]]
+    grid = section.tables[0].grid
+    assert grid.heads[3:] == ["mean reward", "token entropy, nats"], "what no run has is left out"
+    assert grid.rows == [["made", "1", "2", "0.2000", "1.0000"]]
     assert training_section([], tmp_path) is None
 
 
@@ -245,6 +250,55 @@ def test_token_entropy_and_kl_come_from_the_training_runs(tmp_path: Path) -> Non
     assert section is not None and section.tables[0].grid.rows == [["far", "1", "2", "0.2000", "0.7500", "0.0300"]]
     drawn = section.pictures[0].content.decode()
     assert "token entropy, nats" in drawn and "KL to the initial model, nats" in drawn
+
+
+def test_every_figure_that_a_run_has_gets_a_panel(tmp_path: Path) -> None:
+    everything = write_run(tmp_path / "all", 0, [0.1, 0.2], **dict.fromkeys(PANELS, 25.0))
+    supervised = write_run(tmp_path / "sft", 0, [0.3], lr=1e-5, **{"reward/mean": None, "loss/policy": 2.0})
+    groups = read_run_groups([everything, supervised])
+    figure = training_picture(groups)
+    assert figure is not None and [axes.get_ylabel() for axes in figure.axes] == list(PANELS.values())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "sft"], "sft has no mean reward"
+    assert training_grid(groups).rows[1] == ["sft", "1", "1", "-", "-", "-", "1.0000", "-", "-", "-", "2.0000"]
+    assert training_grid(groups).rows[0] == ["all", "1", "2", *["25.0"] * 8]
+
+
+def test_held_out_accuracy_begins_before_the_first_step(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"grpo-{seed}", seed, [0.1, 0.2, 0.3], **{"eval/accuracy": None}) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        evals = {
+            name: {"accuracy": value + 0.2 * seed, "standard_error": 0.01}
+            for name, value in (("before", 0.0), ("after", 0.6))
+        }
+        write_summary(run / "summary.json", {"evals": evals})
+    (group,) = read_run_groups(runs)
+    assert [(step, mean) for step, mean, *_ in group.series("eval/accuracy")] == [
+        (0, pytest.approx(0.1)),
+        (3, pytest.approx(0.7)),
+    ]
+    assert "0.7000 ± 0.1414" in training_grid([group]).rows[0]
+
+
+def test_training_runs_alone_can_be_compared(tmp_path: Path, capsys) -> None:
+    runs = [write_run(tmp_path / name, 0, rewards, lr=lr) for name, rewards, lr in RUNS]
+    out = tmp_path / "report"
+    assert main(["report", "compare", "--out", str(out), "--runs", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    assert "raft" in printed and "0.6000" in printed
+    assert {path.name for path in out.iterdir()} == {
+        *("index.html", "tables.md", "tables.tex", "training.png", "training.svg")
+    }
+    assert "| raft | 1 | 2 | 0.6000 |" in (out / "tables.md").read_text()
+    page = (out / "index.html").read_text()
+    assert "<h1>Training: grpo, raft</h1>" in page and "<td>0.6000</td>" in page and 'id="samples">[]<' in page
+
+
+def test_nothing_to_compare_is_refused(tmp_path: Path, capsys) -> None:
+    assert main(["report", "compare", "--out", str(tmp_path / "report")]) == 2
+    assert "nothing to compare. Name folders that fastreason eval wrote" in capsys.readouterr().err
+    run = write_run(tmp_path / "grpo", 0, [0.1])
+    assert main(["report", "compare", "--runs", str(run), "--n", "4", "--out", str(tmp_path / "report")]) == 2
+    assert "--n 4: training runs alone" in capsys.readouterr().err and not (tmp_path / "report").exists()
 
 
 def test_a_page_escapes_everything() -> None:
