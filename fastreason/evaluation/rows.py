@@ -33,7 +33,7 @@ class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
     where there is none), `formatted` whether the response ends properly with a marked answer, `answer` what it answers (None
     where nothing can be read). `num_tokens` counts the generated tokens, the end token included. `error` is why there is no
     proper verdict or response: "timeout" (of the grader), "long_prompt" (not asked); such a response is wrong.
-    `mean_entropy` (nats a token) and `logp_sum` (nats, under the sampling distribution) are there where the engine gives them.
+    `logp_sum` (nats, under the sampling distribution) is there where the engine gives it.
     """
 
     problem: str
@@ -50,7 +50,6 @@ class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     level: str | None = None
     subject: str | None = None
-    mean_entropy: float | None = None
     logp_sum: float | None = None
 
 

@@ -59,7 +59,6 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_right: float | None
     num_disagreements: int
     errors: dict[str, int]
-    mean_entropy: float | None = None
 
 
 def score(rows: Sequence[EvalSample], classes: Classes, n: int, ks: Sequence[int] | None = None) -> Scores:
@@ -101,7 +100,6 @@ def response_figures(rows: Sequence[EvalSample]) -> dict[str, Any]:
     """The scores that look at each response alone: formats, ends, lengths, disagreements."""
     lengths = {verdict: [row.num_tokens for row in rows if row.correct is verdict] for verdict in (True, False)}
     strict = [row.strict for row in rows if row.strict is not None]
-    entropies = [row.mean_entropy for row in rows if row.mean_entropy is not None]
     num_tokens = sum(row.num_tokens for row in rows)
     return {
         "pass_at_1_formatted": statistics.fmean(row.correct and row.formatted for row in rows),
@@ -115,7 +113,6 @@ def response_figures(rows: Sequence[EvalSample]) -> dict[str, Any]:
         "tokens_per_right": num_tokens / len(lengths[True]) if lengths[True] else None,
         "num_disagreements": sum(row.strict is not None and row.strict is not row.correct for row in rows),
         "errors": dict(sorted(Counter(row.error for row in rows if row.error is not None).items())),
-        "mean_entropy": _mean(entropies),
     }
 
 

@@ -5,11 +5,12 @@ of arXiv 2505.14216. Everything that is told by difficulty uses the bins of the 
 problems for every model.
 """
 
+import itertools
 import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,6 +183,20 @@ def agreement(rows: Sequence[EvalSample]) -> Agreement:
         math_only=[row for row in judged if row.correct and not row.strict],
         strict_only=[row for row in judged if row.strict and not row.correct],
     )
+
+
+def disagreements(rows: Iterable[EvalSample]) -> list[EvalSample]:
+    """The responses that one of the two graders calls right and the other wrong, in their order."""
+    return [row for row in rows if row.strict is not None and row.strict is not row.correct]
+
+
+def reasons_in_turn(rows: Iterable[EvalSample], num: int) -> list[EvalSample]:
+    """At most `num` of the disagreements, one of each reason in turn and of other problems first, sorted by reason."""
+    by_reason: dict[str, list[EvalSample]] = {}
+    for row in sorted(rows, key=lambda row: row.sample):
+        by_reason.setdefault(disagreement_reason(row), []).append(row)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_reason.values()))
+    return sorted([row for row in turns if row is not None][:num], key=disagreement_reason)
 
 
 def disagreement_reason(row: EvalSample) -> str:

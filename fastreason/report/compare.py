@@ -1,8 +1,10 @@
-r"""`fastreason report compare`: reads evaluations, draws, prints tables, and writes one folder with a page in it.
+r"""`fastreason report compare`: reads evaluations and runs, draws, prints tables, and writes one folder with a page in it.
 
 OUT/index.html             everything, self-contained
 OUT/tables.md, tables.tex  all tables
+OUT/training.png,svg       the curves of training runs
 OUT/<benchmark>/*.png,svg  all pictures
+OUT/<benchmark>/disagreements.jsonl  every response on which the two graders differ
 """
 
 import itertools
@@ -10,14 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fastreason.errors import ConfigError
 from fastreason.evaluation.rows import SAMPLES_FILE, EvalSample
 from fastreason.evaluation.tables import FORMATS, Grid, as_latex, as_markdown
+from fastreason.report.analysis import disagreement_reason, disagreements
 from fastreason.report.compare_pictures import CAPTIONS, PICTURES
-from fastreason.report.compare_tables import comparison_grids, problem_grid, problem_rows, score_grids
+from fastreason.report.compare_tables import (
+    DISAGREEMENTS_FILE,
+    comparison_grids,
+    disagreement_grid,
+    problem_grid,
+    problem_rows,
+    score_grids,
+)
 from fastreason.report.comparison import Comparison, read_comparisons
 from fastreason.report.page import Page, Picture, Section, Table, figure_bytes, render_page
-from fastreason.report.training_curves import read_run_groups, training_picture
+from fastreason.report.training_curves import read_run_groups, training_grid, training_picture
 
 PAGE_FILE = "index.html"
 MOST_CHARS = 20_000  # of a response on the page
@@ -33,30 +45,43 @@ def report_compare(
 ) -> Path:
     """Compare evaluations, the first as the base; prints the tables as `table_format` and returns the page's path.
 
-    `runs` are training runs to draw; those whose models were evaluated are found by themselves. `num_samples` responses of each
-    model to each problem go onto the page. Raises ConfigError and DataError as `read_comparisons` and `read_run_groups` do.
+    `runs` are training runs to draw; those whose models were evaluated are found by themselves. Without `folders` the page is
+    of runs alone. `num_samples` responses of each model to each problem go onto the page. Raises ConfigError and DataError as
+    `read_comparisons` and `read_run_groups` do, and ConfigError where there is nothing to compare.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: it is a file. Give a folder; it is made where it is missing.")
     if num_samples < 0:
         raise ConfigError(f"--samples {num_samples}: it must be 0 or more.")
-    comparisons = read_comparisons(folders, n)
+    if not folders and not runs:
+        raise ConfigError(
+            "report compare: nothing to compare. Name folders that fastreason eval wrote, e.g. evals/MODEL, or training runs "
+            "with --runs, e.g. --runs runs/one runs/other."
+        )
+    if not folders and n is not None:
+        raise ConfigError(
+            f"--n {n}: training runs alone have no responses to choose from. Name evaluations, or leave it out."
+        )
+    comparisons = read_comparisons(folders, n) if folders else []
     curves = training_section([*runs, *runs_of(comparisons)], out)
-    scores = score_grids(comparisons)
-    sections = [Section("Scores", notes=_notes(comparisons), tables=[Table(grid) for grid in scores])]
-    grids = list(scores)
+    grids, sections = [], []
+    if comparisons:
+        grids += score_grids(comparisons)
+        sections.append(Section("Scores", notes=_notes(comparisons), tables=[Table(grid) for grid in grids]))
     for number, comparison in enumerate(comparisons):
         pictures = write_pictures(comparison, out / comparison.name)
+        write_disagreements(comparison, out / comparison.name)
         found = comparison_grids(comparison)
         grids += found
         sections.append(_section(comparison, number, found, pictures))
-    sections += [curves] if curves else []
-    labels = ", ".join(evaluation.label for evaluation in comparisons[0].evaluations)
+    if curves is not None:
+        grids += [table.grid for table in curves.tables]
+        sections.append(curves)
     samples = [sample_set(comparison, num_samples) for comparison in comparisons]
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(map(as_markdown, grids)), encoding="utf-8")
     (out / "tables.tex").write_text("\n".join(map(as_latex, grids)), encoding="utf-8")
-    (out / PAGE_FILE).write_text(render_page(Page(f"Comparison: {labels}", sections, samples)), encoding="utf-8")
+    (out / PAGE_FILE).write_text(render_page(Page(_title(comparisons, runs), sections, samples)), encoding="utf-8")
     print("\n".join(FORMATS[table_format](grid) for grid in grids))
     return out / PAGE_FILE
 
@@ -71,6 +96,20 @@ def write_pictures(comparison: Comparison, folder: Path) -> list[Picture]:
     return drawn
 
 
+def write_disagreements(comparison: Comparison, folder: Path) -> None:
+    """Every response on which the two graders differ, a line each, whole; an empty file where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / DISAGREEMENTS_FILE, "wb") as file:
+        for evaluation in comparison.evaluations:
+            for row in disagreements(evaluation.rows):
+                line = {
+                    **{"model": evaluation.label, "problem": row.problem, "sample": row.sample, "gold": row.gold},
+                    **{"answer": row.answer, "math_verify": row.correct, "strict": row.strict},
+                    **{"reason": disagreement_reason(row), "response": row.response},
+                }
+                file.write(msgspec.json.encode(line) + b"\n")
+
+
 def training_section(run_dirs: Sequence[Path], out: Path) -> Section | None:
     """The curves of training runs as a section; None without runs."""
     if not run_dirs:
@@ -79,14 +118,7 @@ def training_section(run_dirs: Sequence[Path], out: Path) -> Section | None:
     figure = training_picture(groups)
     caption = "training; bands are one standard deviation over seeds"
     pictures = [_write(figure, out, "training", caption)] if figure else []
-    heads = ["runs", "number", "last step", "reward", "token entropy, nats", "KL to the initial model, nats"]
-    rows = []
-    for group in groups:
-        ends = [group.series(key)[-1:] for key in ("reward/mean", "loss/entropy", "kl/reference")]
-        cells = [f"{end[0][1]:.4f}" + (f" ± {end[0][2]:.4f}" if end[0][3] > 1 else "") if end else "-" for end in ends]
-        rows.append([group.label, str(len(group.runs)), str(max(rows[-1]["step"] for rows in group.runs)), *cells])
-    grid = Grid("At the last step, mean and deviation over seeds", heads, rows)
-    return Section("Training", tables=[Table(grid)], pictures=pictures)
+    return Section("Training", tables=[Table(training_grid(groups))], pictures=pictures)
 
 
 def sample_set(comparison: Comparison, num_samples: int) -> dict[str, Any]:
@@ -130,7 +162,15 @@ def _section(comparison: Comparison, number: int, grids: Sequence[Grid], picture
     everything = problem_grid(comparison, most=None)
     problems = Table(everything, number, [places[id] for _, id in problem_rows(comparison)])
     tables = [Table(grid) for grid in grids if grid.title != everything.title]
+    differing = disagreement_grid(comparison)
+    tables += [Table(differing)] if differing.rows else []
     return Section(comparison.title, tables=[*tables, problems], pictures=pictures)
+
+
+def _title(comparisons: Sequence[Comparison], runs: Sequence[Path]) -> str:
+    if comparisons:
+        return f"Comparison: {', '.join(evaluation.label for evaluation in comparisons[0].evaluations)}"
+    return f"Training: {', '.join(run.resolve().name for run in runs)}"
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:

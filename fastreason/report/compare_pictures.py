@@ -149,21 +149,6 @@ def answer_entropy_picture(comparison: Comparison) -> Figure:
     return figure
 
 
-def token_entropy_picture(comparison: Comparison) -> Figure | None:
-    """Histogram of the responses' mean token entropies, where the engine gave them."""
-    series = [[r.mean_entropy for r in e.rows if r.mean_entropy is not None] for e in comparison.evaluations]
-    if not any(series):
-        return None
-    figure, axes = _figure(f"{comparison.title}: mean entropy of a response's tokens")
-    edges = np.linspace(0, max(max(each, default=0.0) for each in series) or 1.0, BINS_OF_HISTOGRAM + 1)
-    for place, (evaluation, each) in enumerate(zip(comparison.evaluations, series, strict=True)):
-        _histogram(axes, each, edges, place, evaluation.label)
-    axes.set_xlabel("nats a token")
-    axes.set_ylabel("responses", color=INK)
-    _legend(axes)
-    return figure
-
-
 def habits_picture(comparison: Comparison) -> Figure:
     """Length, and reflection words, by the base's bins; right responses full, wrong ones dashed."""
     figure = Figure(figsize=(WIDTH * 1.3, HEIGHT), dpi=120, layout="constrained")
@@ -202,7 +187,6 @@ PICTURES: dict[str, Callable[[Comparison], Figure | None]] = {
     "answer_entropy": answer_entropy_picture,
     "habits": habits_picture,
     "lengths": lengths_picture,
-    "token_entropy": token_entropy_picture,
 }
 CAPTIONS = {
     "pass_at_k": "pass@k, and maj@k dashed; bands are 95 % bootstrap intervals over problems",
@@ -211,7 +195,6 @@ CAPTIONS = {
     "answer_entropy": "how much the answers to one problem differ; 0 where all agree",
     "habits": "length and reflection words by difficulty and correctness",
     "lengths": "lengths of responses",
-    "token_entropy": "entropy of the tokens",
 }
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from fastreason.evaluation.rows import EvalSample
 from fastreason.evaluation.tables import Grid, grids
 from fastreason.report.analysis import (
     REFLECTION,
@@ -14,8 +15,10 @@ from fastreason.report.analysis import (
     bin_changes,
     by_bin,
     disagreement_reason,
+    disagreements,
     habits,
     habits_by_difficulty,
+    reasons_in_turn,
     row_shares,
     success_bins,
     transitions,
@@ -23,6 +26,9 @@ from fastreason.report.analysis import (
 from fastreason.report.comparison import Comparison, Evaluation
 
 MOST_PROBLEMS = 10  # of a printed table, from each end; the page has all
+MOST_DISAGREEMENTS = 50  # of each model in the page's table; DISAGREEMENTS_FILE has all
+DISAGREEMENTS_FILE = "disagreements.jsonl"
+MOST_CHARS = 160  # of an answer, or of a response's end, in a cell
 
 
 def score_grids(comparisons: Sequence[Comparison]) -> list[Grid]:
@@ -160,6 +166,23 @@ def agreement_grid(comparison: Comparison) -> Grid:
     return Grid(f"{comparison.title}: two graders", heads, rows)
 
 
+def disagreement_grid(comparison: Comparison) -> Grid:
+    """Responses on which the two graders differ, with what can be read of them; the title says how many are left out."""
+    rows, num = [], 0
+    for evaluation in comparison.evaluations:
+        found = disagreements(evaluation.rows)
+        num += len(found)
+        for row in reasons_in_turn(found, MOST_DISAGREEMENTS):
+            verdicts = ["right" if verdict else "wrong" for verdict in (row.correct, row.strict)]
+            told = [_beginning(row.gold or "-"), _answered(row), *verdicts, disagreement_reason(row)]
+            rows.append([evaluation.label, row.problem, str(row.sample), *told])
+    left = num - len(rows)
+    all_of_them = f"{left} more in" if left else "also in"
+    title = f"{comparison.title}: {len(rows)} responses on which the graders differ"
+    heads = ["model", "problem", "response", "gold", "answer, or … its end", "math-verify", "strict", "looks like"]
+    return Grid(f"{title}; {all_of_them} {comparison.name}/{DISAGREEMENTS_FILE}", heads, rows)
+
+
 def problem_rows(comparison: Comparison) -> list[tuple[float, str]]:
     """(change of accuracy of the last model, problem's id), best first, then in the benchmark's order."""
     last = comparison.evaluations[-1]
@@ -191,6 +214,15 @@ def comparison_grids(comparison: Comparison) -> list[Grid]:
         *([problem_grid(comparison)] if comparison.others else []),
     ]
     return [grid for grid in found if grid.rows]
+
+
+def _answered(row: EvalSample) -> str:
+    """What a response answers; of one in which nothing could be read, its end."""
+    return _beginning(row.answer) if row.answer else f"… {row.response[-MOST_CHARS:]}"
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} …"
 
 
 def percent(share: float | None) -> str:

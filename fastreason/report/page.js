@@ -4,7 +4,7 @@
 const collator = new Intl.Collator("en", { numeric: true });
 
 function numberIn(text) {
-  const found = /^[+\-\u2212]?\d[\d,]*(\.\d+)?/.exec(text);
+  const found = /^[+\-\u2212]?\d[\d,]*(\.\d+)?(e[+\-]\d+)?/.exec(text);
   return found ? parseFloat(found[0].replace("\u2212", "-").replaceAll(",", "")) : NaN;
 }
 

@@ -44,10 +44,5 @@ def row(id: str, sample: int, correct: bool) -> dict:
     return {
         **{"problem": id, "sample": sample, "question": f"3 + 4? {HOSTILE}", "gold": "7", "response": text},
         **{"num_tokens": 10 + sample, "truncated": silent, "correct": correct, "formatted": correct},
-        **{
-            "answer": None if silent else answer,
-            "strict": correct and id != "p4",
-            "level": "Level 1",
-            "mean_entropy": 0.5,
-        },
+        **{"answer": None if silent else answer, "strict": correct and id != "p4", "level": "Level 1"},
     }

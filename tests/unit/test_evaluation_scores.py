@@ -130,14 +130,14 @@ def test_formats_ends_lengths_and_disagreements_are_counted():
     rows = [
         row(sample=0, correct=True, num_tokens=4, strict=True),
         row(sample=1, correct=True, num_tokens=6, strict=False, formatted=False),
-        row(sample=2, num_tokens=20, truncated=True, formatted=False, strict=False, mean_entropy=1.5),
-        row(sample=3, num_tokens=0, error="timeout", strict=True, mean_entropy=0.5),
+        row(sample=2, num_tokens=20, truncated=True, formatted=False, strict=False),
+        row(sample=3, num_tokens=0, error="timeout", strict=True),
     ]
     result = score(rows, {}, 4)
     assert (result.pass_at_1, result.pass_at_1_formatted, result.pass_at_1_strict) == (0.5, 0.25, 0.5)
     assert (result.formatted_share, result.truncated_share, result.num_disagreements) == (0.5, 0.25, 2)
     assert (result.tokens_right_mean, result.tokens_wrong_mean, result.tokens_per_right) == (5, 10, 15)
-    assert result.errors == {"timeout": 1} and result.mean_entropy == 1.0
+    assert result.errors == {"timeout": 1}
     nothing = score([row()], {}, 1)
     assert nothing.sem is nothing.tokens_per_right is nothing.pass_at_1_strict is nothing.tokens_right_mean is None
 

@@ -5,16 +5,14 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
+from run_folders import row, sample_lines, write_run
 
-from fastreason.config import LogConfig
 from fastreason.errors import ConfigError, DataError
 from fastreason.ledger import Ledger
-from fastreason.metrics import MetricsLog, write_summary
 from fastreason.report.panels import (
     PHASES,
     STALENESS,
@@ -32,40 +30,6 @@ from fastreason.report.timeline import choose_window, draw_timeline, read_piece
 from fastreason.trace import Trace
 
 pytestmark = pytest.mark.timeout(400)
-
-
-def row(step, generate=10.0, train=8.0, total=None, **extra):
-    seconds = {"generate": generate, "grade": 0.5, "train": train, "publish": 1.0, "pause": 0.4}
-    total = train + 1 if total is None else total
-    seconds |= {"step": total, "wait": total - train - 1.0}
-    figures = {f"time/{name}_s": value for name, value in seconds.items()}
-    return {
-        "step": step,
-        "reward/mean": step / 10,
-        "train/tokens": 600.0,
-        "rollout/staleness_mean": 0.5,
-        "rollout/staleness_max": 1.0,
-        "staleness/share_0": 0.5,
-        "staleness/share_1": 0.5,
-        **figures,
-        **extra,
-    }
-
-
-def write_run(folder, rows, steps=4, **summary):
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = {
-        "model": {"path": "none"},
-        "data": {"task": "chain_sum"},
-        "train": {"steps": steps, "prompts_per_step": 2},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
-    with MetricsLog(folder, LogConfig()) as log:
-        for one in rows:
-            log.write(one)
-    if summary:
-        write_summary(folder / "summary.json", summary)
-    return folder
 
 
 def trace_run(folder, num_steps=7, step_s=10.0, gap=None):
@@ -143,11 +107,7 @@ def test_the_table_says_where_the_time_went(tmp_path):
 
 def test_the_newest_responses_are_on_the_page(tmp_path):
     run = write_run(tmp_path, [row(1)])
-    facts = {"reward": 1.0, "finish_reason": "stop", "num_tokens": 3, "correct": True, "prompt": "3 + 4?"}
-    lines = [
-        facts | {"step": step, "ticket": step, "prompt_id": "a", "completion": f"<b>{step}</b>"} for step in (1, 1, 2)
-    ]
-    written = "".join(json.dumps(line) + "\n" for line in lines) + '{"torn'
+    written = sample_lines(1, 1, 2) + '{"torn'
     (run / "samples.jsonl").write_text(written)
     assert [each["id"] for each in newest_samples(run)["problems"]] == ["2: a", "1: a"]
     assert newest_samples(run)["problems"][1]["counts"] == [2]
