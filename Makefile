@@ -6,7 +6,7 @@ ARGS ?=
 .PHONY: help setup bench-setup quickstart test test-browser test-faults lint types doctor clean
 
 help:
-	@echo "make quickstart   train a small model on this machine's CPU, under ten minutes (ARGS='run.seed=1 ...')"
+	@echo "make quickstart   train a small model on this machine's CPU, 5 to 20 minutes (ARGS='run.seed=1 ...')"
 	@echo "make test         run all tests (ARGS='-k name')"
 	@echo "make test-browser open the reports' pages in a headless browser (make test does too, where one is installed)"
 	@echo "make test-faults  kill and stop every part of a run on vLLM, at every phase (about half an hour)"
