@@ -29,6 +29,7 @@ SETTINGS = {
     "train.prompts_per_step": 40,
     "rollout.samples_per_prompt": 4,
     "rollout.max_new_tokens": 18,
+    "rollout.max_running_groups": 0,  # unlike the quickstart: admission alone bounds what runs
     "log.warn_after": 1000,
 }
 # Steps of a run, and those that count. Left out: the first (caches, memory), for S = 1 the second too (two batches were
