@@ -92,7 +92,32 @@ def test_without_a_tokenizer_there_are_no_limits_and_it_says_so(capsys, tmp_path
     assert report["pairs"] == 2 and "no limit of length was applied" in printed
     assert report["lengths"]["chosen"]["max"] == len("Second \\boxed{5}.")
     _, printed = prepare(capsys, tmp_path / "no", FIXTURE, "--max-prompt-tokens", 5, code=2)
-    assert "--max-prompt-tokens 5: tokens need a tokenizer. Add --tokenizer FOLDER." in printed
+    assert "--max-prompt-tokens 5: tokens need a tokenizer. Add --tokenizer MODEL." in printed
+
+
+def test_a_tokenizer_may_be_a_hub_name_that_is_cached_or_may_be_fetched(capsys, tmp_path, words, monkeypatch) -> None:
+    import huggingface_hub
+
+    from fastreason import models
+
+    limits = ["--max-response-tokens", 15, "--tokenizer"]
+    _, printed = prepare(capsys, tmp_path / "no", FIXTURE, *limits, "some/model", code=2)
+    assert "--tokenizer some/model: no such folder, and no model in the local hub cache" in printed
+    assert "--allow-download fetches" in printed and not (tmp_path / "no").exists()
+    expected, _ = prepare(capsys, tmp_path / "folder", FIXTURE, *limits, words)
+    asked: list[Any] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, any("safetensors" in pattern for pattern in allow_patterns)))
+        return str(words)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetched, _ = prepare(capsys, tmp_path / "fetched", FIXTURE, *limits, "some/model", "--allow-download")
+    monkeypatch.setattr(models, "_hub_snapshot", lambda name: words if name == "some/model" else None)
+    cached, _ = prepare(capsys, tmp_path / "cached", FIXTURE, *limits, "some/model")
+    assert asked == [("some/model", False)], "the tokenizer, without weights, once"
+    assert fetched["lengths"] == cached["lengths"] == expected["lengths"] and expected["lengths"]["unit"] == "tokens"
+    assert cached["pairs_dropped"]["response_too_long"] == 1
 
 
 def test_the_order_is_that_of_datasets_shuffle(capsys, tmp_path) -> None:
