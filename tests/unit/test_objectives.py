@@ -167,6 +167,8 @@ def test_layout_micro_batches_and_ranks_change_nothing(name):
     reference = reference_scores_of(tiny_model(seed=5), traces) if objective.needs_reference else None
     expected = ours(objective, traces, reference=reference)
     layouts = [("padded", 30, 1), ("padded", 1, 2), ("padded", 10**6, 3)]
+    # Without a mask transformers reads from the position ids where a packed row begins, as flash-attn does.
+    layouts += [("packed", 30, 1), ("packed", 1, 2), ("packed", 10**6, 3)]
     if objective.pairs:  # single rows of another prompt each would share nothing
         layouts += [("shared", 10**6, 1), ("shared", 1, 2), ("shared", 40, 4)]
     for layout, budget, num_ranks in layouts:
