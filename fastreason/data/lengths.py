@@ -7,9 +7,10 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from fastreason.config import DataConfig
+from fastreason.config import DataConfig, ModelConfig
 from fastreason.data.render import render_token_ids
-from fastreason.errors import DataError
+from fastreason.errors import DataError, ModelError
+from fastreason.models import check_model, resolve_model
 from fastreason.types import Prompt
 
 COLOURS = ("#2f6db3", "#4f9d69", "#c0392b")
@@ -31,16 +32,15 @@ class TokenCounter:
 
     unit = "tokens"
 
-    def __init__(self, folder: str) -> None:
-        """Load the tokenizer of a folder; raises `DataError` where there is none. Nothing is downloaded."""
+    def __init__(self, name: str, allow_download: bool = False) -> None:
+        """Load the tokenizer of a folder, or of a model as in `model.path`; raises `DataError` where there is none."""
         from transformers import AutoTokenizer
 
-        if not Path(folder).is_dir():
-            raise DataError(f"--tokenizer {folder}: no such folder. Give the folder of a model or a tokenizer.")
+        folder = _tokenizer_folder(name, allow_download)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
-            raise DataError(f"--tokenizer {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise DataError(f"--tokenizer {name} cannot be loaded: {type(error).__name__}: {error}") from error
         has_template = bool(getattr(self._tokenizer, "chat_template", None))
         self._config = DataConfig(task="none", chat_template=has_template)
 
@@ -55,6 +55,22 @@ class TokenCounter:
             return []
         ids = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [len(item) + 1 for item in ids["input_ids"]]
+
+
+def _tokenizer_folder(name: str, allow_download: bool) -> Path:
+    """Where the tokenizer is; a hub name's small files are fetched if that is allowed, its weights never."""
+    if Path(name).is_dir():
+        return Path(name)
+    model = ModelConfig(path=name, allow_download=allow_download)
+    try:
+        check_model(model, weights=False)
+        return resolve_model(model, weights=False)
+    except ModelError as error:
+        why = f" ({error.__cause__})" if error.__cause__ else ""
+        raise DataError(
+            f"--tokenizer {name}: no such folder, and no model in the local hub cache{why}. Give the folder of a model or a "
+            "tokenizer, or a hub name; --allow-download fetches that one's tokenizer."
+        ) from error
 
 
 class CharacterCounter:

@@ -109,12 +109,13 @@ def _counter(options: argparse.Namespace) -> tuple[LengthCounter, dict[str, int 
     }
     for name, value, _ in asked.values():
         if value is not None and options.tokenizer is None:
-            raise DataError(f"{name} {value}: tokens need a tokenizer. Add --tokenizer FOLDER.")
+            raise DataError(f"{name} {value}: tokens need a tokenizer. Add --tokenizer MODEL.")
         if value is not None and value < 1:
             raise DataError(f"{name} {value}: give at least 1, or leave it out.")
     if options.tokenizer is None:
         return CharacterCounter(), dict.fromkeys(asked)
-    return TokenCounter(options.tokenizer), {key: value or default for key, (_, value, default) in asked.items()}
+    counter = TokenCounter(options.tokenizer, options.allow_download)
+    return counter, {key: value or default for key, (_, value, default) in asked.items()}
 
 
 def _mapping(columns: list[str]) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""A piece of a run's timeline as a picture: about three steps, with engine, graders, trainer and publication at work.
+"""A piece of a run's timeline as a picture: about three steps, with engine, graders, producer, trainer and publication at
+work.
 
 Reads the files that the run's processes wrote (see `trace.py`), so a run that is still going has one too. The whole
 timeline is for Perfetto; this is the piece that shows whether things overlap.
@@ -20,7 +21,7 @@ from fastreason.trace import LANES, MAX_ROWS, PARALLEL, Event, Rows, read_events
 
 NUM_STEPS = 3
 GAP = 2.0  # a piece that lasts longer than so many times the usual one has a restart in it
-DRAWN = ("engine", "graders", "trainer", "publication")  # from top to bottom
+DRAWN = ("engine", "graders", "producer", "trainer", "publication")  # from top to bottom
 THIN = 0.35  # height of a row of the lanes whose spans are side by side
 
 # Colour and meaning of the spans of a name; of all others of a lane, under the lane's name.
@@ -28,6 +29,8 @@ LOOKS = {
     "engine": (PHASES["generate"], "generate a group"),
     "asleep": ("#cbd2d9", "asleep: the trainer has its memory"),
     "graders": (PHASES["grade"], "grade a group"),
+    "wait for groups": (PHASES["wait"], "wait for groups"),
+    "producer": ("#5f8a8b", "issue, keep, answer, save"),
     "pull": (PHASES["wait"], "wait for groups"),
     "train": (PHASES["train"], "train"),
     "trainer": ("#7b8794", "evaluate, save"),

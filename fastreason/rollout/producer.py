@@ -27,6 +27,16 @@ from fastreason.types import Group, Prompt, Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
+# What the timeline calls the time from the arrival of a request to its answer.
+SPANS: dict[type[wire.Request], str] = {
+    wire.Start: "start",
+    wire.Rejoin: "rejoin",
+    wire.NextBatch: "wait for groups",
+    wire.Publish: "engines load weights",
+    wire.Collected: "collected",
+    wire.Evaluate: "evaluate",
+    wire.SaveState: "save state",
+}
 SAY_S = 5.0  # between two words to a trainer that waits
 # Counted since the start of the run, over resumes and restarts.
 CUMULATIVE = (
@@ -160,7 +170,8 @@ class Producer:
         answer: wire.Answer
         saying = asyncio.create_task(self._say_what_is_awaited(writer))
         try:
-            answer = await self._answer_to(request)
+            with self._trace.span("producer", SPANS[type(request)]):
+                answer = await self._answer_to(request)
         except FastreasonError as error:
             log.error("%s failed: %s", type(request).__name__, error)
             answer = wire.Failure(str(error))
@@ -169,7 +180,7 @@ class Producer:
             answer = wire.Failure(f"the producer failed at {type(request).__name__}: {type(error).__name__}: {error}")
         finally:
             saying.cancel()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError), self._trace.span("producer", "answer"):
             writer.write(wire.encode(answer))
             await writer.drain()
 
@@ -227,7 +238,11 @@ class Producer:
         """Issue groups for as long as admission allows."""
         if self._failure is not None:
             return
-        for ticket, prompt, token_ids in self._books.issue():
+        started = time.time()
+        issued = list(self._books.issue())
+        if issued:
+            self._trace.complete("producer", "issue", started, time.time(), groups=len(issued))
+        for ticket, prompt, token_ids in issued:
             task = asyncio.create_task(self._make_group(ticket, prompt, token_ids))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -248,7 +263,8 @@ class Producer:
             group = await self._sampling.group(ticket, prompt, token_ids, params, version)
             if (reason := self._reject(group)) is None:
                 await self._sampling.score(group)
-                self._books.finish(group)
+                with self._trace.span("producer", "keep", ticket=ticket):
+                    self._books.finish(group)
             else:
                 self._drop(ticket, reason)
             self._fill()

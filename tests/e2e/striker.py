@@ -1,18 +1,28 @@
 """Strikes at the processes of a run, for the fault tests: which part, in which phase of a later step, and what must hold then.
 
 A strike is aimed at a phase by `progress.json`, and counts only when the run still says that phase after it.
+
+With FASTREASON_FAULT_TABLE=FILE in the environment each run that is checked appends one JSON line to FILE, before its
+assertions: engine, run (the test), signal, S, steps, strikes (by part and phase, those that came too late too), restarts (by
+part, of the last start), lost and trained_twice (numbers of prompts).
 """
 
 import contextlib
+import json
+import os
+import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import pytest
 
 from fastreason.ledger import audit_ledger, read_ledger
+from fastreason.rollout.lifeline import LONGEST_BEAT_S
 
 WORDS = {"producer": ("_process", "producer"), "grader": ("run_grader",)}
 # Which of its processes is struck, by the number of the strike.
@@ -27,6 +37,17 @@ VARYING = (
     "rollout/engine_restarts", "rollout/producer_restarts",
 )  # fmt: skip
 LIMIT_S = {"fake": 400.0, "vllm": 600.0}  # for a single event, on a machine that has other things to do as well
+LATE_S = {"fake": 5.0, "vllm": 15.0}  # what a busy machine may add to the time in which a stop is noticed
+
+
+@dataclass(frozen=True)
+class Strike:
+    """One signal to one part, or to "all"."""
+
+    part: str
+    phase: str
+    number: int
+    time_s: float  # since 1970, before it
 
 
 def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,7 +81,8 @@ class Striker:
             reward={"functions": {"user_reward_of_the_test:even": 1.0}, "deadline_s": deadline_s},
             checkpoint={"save_model": False, "every": 2},
         )  # fmt: skip
-        self.engine, self.step = engine, 0
+        self.engine, self.step, self.staleness, self.hang_timeout_s = engine, 0, staleness, hang_timeout_s
+        self.strikes: list[Strike] = []
         self.num_strikes = {"engine": 0, "producer": 0, "grader": 0}
         self._newest = dict.fromkeys(self.num_strikes, 0.0)  # start of the process that was struck last
         self._mark = self.run.folder / "mark"
@@ -89,11 +111,13 @@ class Striker:
             process = self.victim(name)
             self.await_phase(phase, grading=name == "grader" and phase == "generate")
             self._newest[name] = started_at(process)
+            sent_at = time.time()
             try:
                 process.send_signal(number)
             except psutil.NoSuchProcess:  # a grader goes with its producer
                 continue
             self.num_strikes[name] += 1
+            self.strikes.append(Strike(name, phase, number, sent_at))
             if self.run.phase() == (phase, self.step):
                 return
         pytest.fail(f"the {name} could not be struck in the phase {phase}:\n{self.run.logs()}")
@@ -105,6 +129,7 @@ class Striker:
         self.step = self.run.phase()[1]
         processes = sorted(self.run.processes(), key=lambda process: process.pid != self.run.process.pid)
         self.await_phase(phase)
+        self.strikes.append(Strike("all", phase, numbers[0], time.time()))
         for number in numbers:
             for process in processes:
                 process.send_signal(number)
@@ -136,8 +161,11 @@ class Striker:
     def assert_nothing_lost(self, steps: int, undisturbed: Future[list[dict[str, Any]]] | None) -> None:
         """Every prompt issued is trained once, every step is there once, and its figures are those of a quiet run."""
         run = self.run
-        assert run.left_behind(2) == [] and run.files_left() == []
         audit = audit_ledger(read_ledger(run.run_dir))
+        if table := os.environ.get("FASTREASON_FAULT_TABLE"):
+            with open(table, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.table_row(steps, len(audit.lost), len(audit.twice))) + "\n")
+        assert run.left_behind(2) == [] and run.files_left() == []
         assert (audit.lost, audit.twice, audit.num_dropped) == ([], [], 0)
         assert audit.num_issued == audit.num_trained == 3 * steps
         rows = run.metrics()
@@ -151,6 +179,30 @@ class Striker:
             # The sampler that was started again has the weights of its version: those of the trainer, where they are its own.
             fresh = [row["mismatch/logp_abs_mean"] for row in rows if row["rollout/staleness_max"] == 0]
             assert fresh and max(fresh) < 1e-5
+
+    def table_row(self, steps: int, num_lost: int, num_twice: int) -> dict[str, Any]:
+        """What FASTREASON_FAULT_TABLE is told of this run."""
+        summary = self.run.run_dir / "summary.json"
+        return {
+            "engine": self.engine,
+            "run": os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("::")[2].partition(" (")[0],
+            "signal": "+".join(sorted({signal.Signals(strike.number).name for strike in self.strikes})),
+            "S": self.staleness,
+            "steps": steps,
+            "strikes": dict(Counter(f"{strike.part} in {strike.phase}" for strike in self.strikes)),
+            "restarts": json.loads(summary.read_text()).get("restarts") if summary.exists() else None,
+            "lost": num_lost,
+            "trained_twice": num_twice,
+        }
+
+    def assert_stopped_engines_are_noticed(self) -> None:
+        """From each SIGSTOP of an engine to its `engine_lost`: at most run.hang_timeout_s, a heartbeat and `LATE_S`."""
+        lost = [row["time"] for row in read_ledger(self.run.run_dir) if row["event"] == "engine_lost"]
+        stops = [s for s in self.strikes if (s.part, s.number) == ("engine", signal.SIGSTOP)]
+        assert stops and len(lost) >= len(stops)
+        limit_s = self.hang_timeout_s + min(LONGEST_BEAT_S, self.hang_timeout_s / 3) + LATE_S[self.engine]
+        waits = [min((at - s.time_s for at in lost if at >= s.time_s - 0.001), default=float("inf")) for s in stops]
+        assert max(waits) < limit_s, f"{waits} s from the stops to the ledger, {limit_s:.1f} s are allowed"
 
 
 def started_at(process: psutil.Process, parent: bool = False) -> float:

@@ -1,7 +1,9 @@
 """Any part of a run is killed or stopped, at any phase: nothing is lost, nothing trained twice, and the figures stay the same.
 
 Launcher, engine server, producer, graders and trainer are real processes. `make test` does this with the deterministic
-engine, and three cells with vLLM (`test_vllm_faults.py`); `make test-faults` does all of it with vLLM too.
+engine, and three cells with vLLM (`test_vllm_faults.py`); `make test-faults` does all of it with vLLM too. Where the
+environment has FASTREASON_FAULT_TABLE=FILE, each of these runs appends a line of JSON to FILE: what was struck, and what was
+lost (`striker.py`).
 """
 
 import json
@@ -73,6 +75,7 @@ def test_parts_that_die_or_hang_at_any_phase_cost_nothing(small_run, engine, req
         events = [row["event"] for row in read_ledger(run.run_dir)]
         assert events.count("producer_restarted") == striker.num_strikes["producer"]
         assert run.output.count("starting the") == sum(restarts.values())
+    stopped.assert_stopped_engines_are_noticed()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

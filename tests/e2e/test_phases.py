@@ -55,14 +55,31 @@ def test_generation_alone_and_then_training_alone_are_the_plain_run(train_run, c
     assert (plain.run_dir / "report.png").stat().st_size > 30_000
 
 
-def check_timeline(run_dir: Path) -> None:
-    """The merged timeline has every lane with its spans."""
+def test_the_timeline_shows_generation_beside_training(train_run):
+    """S = 1: the groups that the first publication lets in are generated while the second batch is trained."""
+    ahead = {"max_staleness": 1, "fake_token_s": 0.3}
+    run = train_run(rollout=ahead, log={"trace": True}, checkpoint={"every": 3, "save_model": False})
+    assert run.run("train.steps=3") == 0, run.output + run.logs()
+    spans = check_timeline(run.run_dir, num_groups=9)
+    assert "save state" in {name for name, *_ in spans["producer"]}
+    trained = [(start, end) for name, start, end in spans["trainer"] if name == "train"]
+    beside = [name for name, start, end in spans["engine"] if any(start < b and a < end for a, b in trained)]
+    assert set(beside) & {"t6", "t7", "t8"}, spans
+
+
+def check_timeline(run_dir: Path, num_groups: int = 3) -> dict[str, list[tuple[str, int, int]]]:
+    """The merged timeline has every lane with its spans; returns (name, start, end) of each lane's, in microseconds."""
     events = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
     names = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    lanes = {}
+    spans = {}
     for event in events:
         if event["ph"] == "X":
             lane = names[event["pid"], event["tid"]].split()[0]
-            lanes.setdefault(lane, set()).add(event["name"])
+            spans.setdefault(lane, []).append((event["name"], event["ts"], event["ts"] + event["dur"]))
+    lanes = {lane: {name for name, *_ in found} for lane, found in spans.items()}
     assert lanes["trainer"] >= {"pull", "train"} and lanes["publication"] >= {"gather and write", "load"}
-    assert lanes["engine"] == lanes["graders"] == {"t0", "t1", "t2"}
+    assert lanes["engine"] == lanes["graders"] == {f"t{ticket}" for ticket in range(num_groups)}
+    assert lanes["producer"] >= {"start", "issue", "wait for groups", "keep", "answer", "engines load weights"}
+    assert sum(name == "keep" for name, *_ in spans["producer"]) == num_groups
+    assert set(lanes) == {"trainer", "publication", "engine", "graders", "producer"}
+    return spans

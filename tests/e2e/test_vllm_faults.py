@@ -30,6 +30,7 @@ def test_vllm_that_dies_or_hangs_and_a_run_that_is_killed_lose_nothing(small_run
     run.process.wait(timeout=20)
     restarts = striker.outputs().count("starting the vLLM server again")
     assert restarts == striker.num_strikes["engine"], striker.outputs()
+    striker.assert_stopped_engines_are_noticed()
     assert run.run(resume=run.run_dir, timeout_s=LIMIT_S["vllm"]) == 0, run.output + run.logs()
     striker.assert_nothing_lost(9, None)
     rows = run.metrics()

@@ -58,7 +58,7 @@ ALLOWED = {
     **dict.fromkeys(PURE, {"types", "errors", "config", "sections"} | PURE),
     "algorithms": MEANING | {"algorithm_checks"},
     "algorithm_checks": MEANING | {"algorithms"},
-    "data": MEANING,
+    "data": MEANING | {"models"},
     "families": FOUNDATION,
     "lora": MEANING,
     "body": MEANING | {"families"},

@@ -14,7 +14,7 @@ from prepared_data import lines, save_word_tokenizer, write
 
 from fastreason import cli
 from fastreason.data.lengths import Lengths
-from fastreason.data.openr1 import ROW_DROPS
+from fastreason.data.openr1 import PAIR_DROPS, ROW_DROPS
 from fastreason.data.prepare import prepare_openr1
 from fastreason.types import Grade, Prompt
 
@@ -56,12 +56,13 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("verifiers", ["both", "either"])
 def test_each_row_of_the_fixture_falls_to_its_filter(verifiers, capsys, tmp_path, words) -> None:
-    limits = ["--tokenizer", words, "--max-response-tokens", 15]
+    limits = ["--tokenizer", words, "--max-prompt-tokens", 7, "--max-response-tokens", 15]
     report, printed = prepare(capsys, tmp_path / "out", FIXTURE, "--verifiers", verifiers, *limits)
     assert {key: report[key] for key in EXPECTED[verifiers]} == EXPECTED[verifiers]
-    assert sum(report["dropped"].values()) + report["positives"] == report["rows"] == 8
+    assert sum(report["dropped"].values()) + report["positives"] == report["rows"] == 9
     positives, (pair,) = lines(tmp_path / "out" / "positives.jsonl"), lines(tmp_path / "out" / "pairs.jsonl")
-    survivors = {"no_incorrect", "response_too_long", "kept"} | ({"no_correct"} if verifiers == "either" else set())
+    survivors = {"no_incorrect", "prompt_too_long", "response_too_long", "kept"}
+    survivors |= {"no_correct"} if verifiers == "either" else set()
     assert {positive["id"] for positive in positives} == survivors
     # Of the four generations both verifiers accept the second; one of them also the first.
     chosen, rejected = (1, 0) if verifiers == "both" else (0, 2)
@@ -69,30 +70,55 @@ def test_each_row_of_the_fixture_falls_to_its_filter(verifiers, capsys, tmp_path
     kept = next(positive for positive in positives if positive["id"] == "kept")
     assert (pair["id"], pair["answer"], pair["problem"]) == ("kept", "5", "What is 2 + 3? (kept)")
     assert pair["chosen"] == kept["response"] == said[chosen] and pair["rejected"] == said[rejected]
-    assert (pair["chosen_index"], pair["rejected_index"], pair["row"]) == (chosen, rejected, 7)
+    assert (pair["chosen_index"], pair["rejected_index"], pair["row"]) == (chosen, rejected, 8)
     assert f"{'positives.jsonl':<44}{report['positives']:>12}" in printed
 
 
 def test_limits_hold_at_their_very_length_and_count_the_end_of_the_response(capsys, tmp_path, words) -> None:
-    # The longest response has 15 words, the problems 6.
+    # The longest response has 15 words, the problems 6, one 14.
     for number, (prompt, response, dropped) in enumerate(
-        [(6, 16, (0, 0)), (6, 15, (0, 1)), (5, 16, (2, 0)), (5, 15, (2, 0))]
+        [(14, 16, (0, 0)), (14, 15, (0, 1)), (13, 16, (1, 0)), (6, 15, (1, 1)), (5, 16, (3, 0)), (5, 15, (3, 0))]
     ):
         limits = ["--max-prompt-tokens", prompt, "--max-response-tokens", response, "--tokenizer", words]
         report, _ = prepare(capsys, tmp_path / str(number), FIXTURE, *limits)
         found = report["pairs_dropped"]
         assert (found["prompt_too_long"], found["response_too_long"]) == dropped
-        assert report["positives"] == 3, "positives have no limit"
+        assert report["positives"] == 4, "positives have no limit"
     assert report["lengths"]["unit"] == "tokens" and report["lengths"]["rejected"]["max"] == 16
     assert (tmp_path / "0" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_a_tokenizer_there_are_no_limits_and_it_says_so(capsys, tmp_path) -> None:
     report, printed = prepare(capsys, tmp_path / "out", FIXTURE)
-    assert report["pairs"] == 2 and "no limit of length was applied" in printed
+    assert report["pairs"] == 3 and "no limit of length was applied" in printed
     assert report["lengths"]["chosen"]["max"] == len("Second \\boxed{5}.")
     _, printed = prepare(capsys, tmp_path / "no", FIXTURE, "--max-prompt-tokens", 5, code=2)
-    assert "--max-prompt-tokens 5: tokens need a tokenizer. Add --tokenizer FOLDER." in printed
+    assert "--max-prompt-tokens 5: tokens need a tokenizer. Add --tokenizer MODEL." in printed
+
+
+def test_a_tokenizer_may_be_a_hub_name_that_is_cached_or_may_be_fetched(capsys, tmp_path, words, monkeypatch) -> None:
+    import huggingface_hub
+
+    from fastreason import models
+
+    limits = ["--max-response-tokens", 15, "--tokenizer"]
+    _, printed = prepare(capsys, tmp_path / "no", FIXTURE, *limits, "some/model", code=2)
+    assert "--tokenizer some/model: no such folder, and no model in the local hub cache" in printed
+    assert "--allow-download fetches" in printed and not (tmp_path / "no").exists()
+    expected, _ = prepare(capsys, tmp_path / "folder", FIXTURE, *limits, words)
+    asked: list[Any] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, any("safetensors" in pattern for pattern in allow_patterns)))
+        return str(words)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetched, _ = prepare(capsys, tmp_path / "fetched", FIXTURE, *limits, "some/model", "--allow-download")
+    monkeypatch.setattr(models, "_hub_snapshot", lambda name: words if name == "some/model" else None)
+    cached, _ = prepare(capsys, tmp_path / "cached", FIXTURE, *limits, "some/model")
+    assert asked == [("some/model", False)], "the tokenizer, without weights, once"
+    assert fetched["lengths"] == cached["lengths"] == expected["lengths"] and expected["lengths"]["unit"] == "tokens"
+    assert cached["pairs_dropped"]["response_too_long"] == 1
 
 
 def test_the_order_is_that_of_datasets_shuffle(capsys, tmp_path) -> None:
@@ -146,7 +172,7 @@ def test_parquet_files_of_a_folder_give_what_json_lines_give(capsys, tmp_path) -
     prepare(capsys, tmp_path / "b", write(tmp_path / "rows.jsonl", rows))
     for name in ("positives.jsonl", "pairs.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert len(lines(tmp_path / "a" / "pairs.jsonl")) == 152
+    assert len(lines(tmp_path / "a" / "pairs.jsonl")) == 153
 
 
 def test_a_data_set_that_the_hub_library_reads(capsys, tmp_path, monkeypatch) -> None:
@@ -412,3 +438,4 @@ def test_memory_stays_flat(tmp_path) -> None:
 def test_every_filter_is_in_the_fixture() -> None:
     elsewhere = {"bad_row", "contaminated"}
     assert {name for name in ROW_DROPS if EXPECTED["both"]["dropped"][name] == 0} == elsewhere
+    assert set(PAIR_DROPS) == {name for name, number in EXPECTED["both"]["pairs_dropped"].items() if number}

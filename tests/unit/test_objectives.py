@@ -152,7 +152,21 @@ def test_simpo_is_the_papers_formula():
     assert_same(ours(row_of("simpo", beta=2.5, gamma=0.4), make_traces()), by_hand(loss, make_traces()))
 
 
-def test_a_weight_multiplies_its_rows_loss():
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_a_weight_multiplies_its_rows_loss_in_sft_and_not_what_it_is_divided_by(aggregation):
+    weights = [3.0, 0.0, 0.5, 1.0, 1.0, 2.0]
+    traces = [t._replace(weight=w) for t, w in zip(make_traces(pairs=False), weights, strict=True)]
+    num = sum(len(t.responses[0]) for t in traces)
+    shares = iter(weights)
+
+    def loss(w):
+        divisor = num / len(traces) if aggregation == "token_mean" else w[1]
+        return -next(shares) * w[0] / divisor
+
+    assert_same(ours(row_of("sft", aggregation=aggregation), traces), by_hand(loss, traces))
+
+
+def test_a_weight_multiplies_its_pairs_loss():
     pairs = make_traces()
     for name in ("redi", "simpo"):
         alone = ours(row_of(name), pairs[:1])[0]
@@ -167,6 +181,8 @@ def test_layout_micro_batches_and_ranks_change_nothing(name):
     reference = reference_scores_of(tiny_model(seed=5), traces) if objective.needs_reference else None
     expected = ours(objective, traces, reference=reference)
     layouts = [("padded", 30, 1), ("padded", 1, 2), ("padded", 10**6, 3)]
+    # Without a mask transformers reads from the position ids where a packed row begins, as flash-attn does.
+    layouts += [("packed", 30, 1), ("packed", 1, 2), ("packed", 10**6, 3)]
     if objective.pairs:  # single rows of another prompt each would share nothing
         layouts += [("shared", 10**6, 1), ("shared", 1, 2), ("shared", 40, 4)]
     for layout, budget, num_ranks in layouts:

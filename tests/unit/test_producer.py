@@ -17,6 +17,7 @@ from fastreason.errors import EngineError, StuckError
 from fastreason.exchange import write_weights
 from fastreason.rollout.sampling import group_seed
 from fastreason.session import Session
+from fastreason.trace import Rows, Trace, read_events
 from fastreason.types import Grade, Prompt
 
 pytestmark = pytest.mark.timeout(400)
@@ -341,6 +342,28 @@ def test_one_that_the_launcher_has_given_up_is_known_to_its_client(tmp_path, mon
     assert [engine.is_given_up for engine in fleet._engines] == [False, False]
     session.given_up_file("engine-1").touch()
     assert [engine.is_given_up for engine in fleet._engines] == [False, True]
+
+
+def test_the_timeline_has_what_it_did_and_what_it_waited_for(tmp_path):
+    trace = Trace(tmp_path, "producer")
+    with running(make_config(staleness=0), trace=trace) as run:
+        run.engine.held.add("t1")
+        run.client.start(0, 0, None)
+        threading.Timer(0.2, run.engine.held.clear).start()
+        run.client.next_batch()
+        run.publish(1)
+        run.client.save_state(2, settle=False)
+    trace.close()
+    spans = [event for _, event in read_events(tmp_path / "trace" / "producer.jsonl") if event.cat == "producer"]
+    asked = [span.name for span in spans if span.name not in ("issue", "keep", "answer")]
+    assert asked == ["start", "wait for groups", "engines load weights", "save state"]
+    assert sum(span.name == "answer" for span in spans) == len(asked)
+    assert [span.args["groups"] for span in spans if span.name == "issue"] == [2, 2]
+    assert [span.args["ticket"] for span in spans if span.name == "keep"][:2] == [0, 1]
+    (waited,) = [span for span in spans if span.name == "wait for groups"]
+    assert waited.dur >= 150_000, "until the last group came"
+    rows = Rows(nesting=True)
+    assert {rows.place(span.ts, span.end) for span in sorted(spans, key=lambda s: (s.ts, -s.dur))} == {0}
 
 
 def test_it_ends_when_the_trainer_is_gone():

@@ -10,6 +10,7 @@ import pytest
 from fastreason import cli
 from fastreason.algorithms import ALGORITHMS, resolve_algorithm
 from fastreason.config import load_config, num_updates
+from fastreason.data.openr1 import PAIRS, POSITIVES
 from fastreason.distill.section import load_distill_config
 from fastreason.objectives import resolve_objective
 
@@ -177,6 +178,24 @@ def test_redi_and_its_baselines_have_the_papers_numbers(name):
     )
     assert (config.data.max_prompt_tokens, config.offline.max_tokens) == (800, 19800)
     assert config.model.path == f"runs/{recipe('redi/sft')[0].run.name}", "it goes on from the first stage"
+
+
+def test_the_documented_data_commands_write_what_the_recipes_read():
+    """`fastreason data openr1 ... --out FOLDER` in every example, and offline.path of every recipe of REDI."""
+    pages = {"README.md": 1, "configs/README.md": 1, "fastreason/arguments.py": 1}
+    for page, number in pages.items():
+        found = re.findall(r"fastreason data openr1 .*--out (\S+)", (ROOT / page).read_text())
+        assert len(found) == number, page
+        for out in found:
+            read = {recipe(name)[0].offline.path for name in NAMES if name.startswith("redi/")}
+            assert read == {f"{out}/{POSITIVES}", f"{out}/{PAIRS}"}, page
+    assert recipe("redi/sft")[0].offline.path.endswith(POSITIVES)
+    commands = re.findall(r"^fastreason .*", (ROOT / "configs" / "README.md").read_text(), flags=re.MULTILINE)
+    (first,) = [number for number, command in enumerate(commands) if "data openr1" in command]
+    names = [re.findall(r"configs/(\S+)\.yaml", command)[0] for command in commands[first + 1 : first + 3]]
+    assert names == ["redi/sft", "redi/redi"], "in the order in which each has what it reads"
+    for command in commands[first : first + 3]:
+        cli.build_parser().parse_args(command.split(" #")[0].split()[1:])
 
 
 def test_distillation_has_the_papers_numbers():

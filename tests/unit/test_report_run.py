@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def trace_run(folder, num_steps=7, step_s=10.0, gap=None):
-    """A step: two groups for 8 s, graded for 1 s, trained for 6 s from the second on, published for 1 s + 1 s."""
+    """A step: two groups for 8 s, graded for 1 s, waited for, trained for 6 s from the second on, published for 1 s + 1 s."""
     start = 1_700_000_000.0
     trainer, producer = Trace(folder, "trainer"), Trace(folder, "producer")
     for step in range(num_steps):
@@ -41,6 +41,8 @@ def trace_run(folder, num_steps=7, step_s=10.0, gap=None):
         for group in range(2):
             producer.complete("engine", f"t{2 * step + group}", at + group, at + 8)
             producer.complete("graders", f"t{2 * step + group}", at + 8, at + 9)
+        producer.complete("producer", "issue", at, at + 0.5)
+        producer.complete("producer", "wait for groups", at, at + 9)
         trainer.complete("trainer", "train", at + 2, at + 8, step=step + 1)
         trainer.complete("publication", "gather and write", at + 8, at + 9, version=step + 1)
         trainer.complete("publication", "load", at + 9, at + 10, version=step + 1)
@@ -249,10 +251,11 @@ def test_the_timeline_has_a_bar_for_every_span_at_its_time(tmp_path):
     # Steps begin 2 s before their training; what began before the piece is cut off at its start.
     assert sorted(found[PHASES["generate"]])[:4] == [(0, 6), (0, 6), (8, 16), (9, 16)]
     tops = {bars.get_paths()[0].get_extents().y0 for bars in axes.collections}
-    assert len(tops) == 6, "two rows of the engine and of the graders, one of the trainer and of publication"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["engine", "graders", "trainer", "publication"]
+    assert len(tops) == 7, "two rows of the engine and of the graders, one of producer, trainer and publication"
+    lanes = ["engine", "graders", "producer", "trainer", "publication"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == lanes
     legend = axes.get_legend_handles_labels()[1]
-    assert len(legend) == len(set(legend)) == 5
+    assert len(legend) == len(set(legend)) == 7
 
 
 def test_the_picture_has_a_timeline_only_where_one_was_traced(tmp_path):
