@@ -4,12 +4,12 @@ What is certain (weights, gradients, optimizer beside the engine's share) is an 
 (activations, the loss) is a warning. It refuses to judge a model whose config.json is not on this machine.
 """
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastreason.config import Config
 from fastreason.errors import ConfigError
+from fastreason.gpus import device_memory
 from fastreason.models import read_model_config
 from fastreason.placement import Placement, engine_gpus, trainer_gpus
 from fastreason.plan.command import setup_of, workload_of
@@ -20,16 +20,6 @@ from fastreason.plan.split import rank_memory
 
 RATES = Rates()
 CONTEXTS_GIB = 1.0  # two CUDA contexts, at the least
-
-
-def device_memory(index: int) -> float | None:
-    """Bytes of a GPU, as its driver says; None where that cannot be asked. Asked without torch, which would make a context."""
-    command = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return float(done.stdout.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
 
 
 def trainer_parts(config: Config, copies: Sequence[str] = (), nodes: int = 1) -> Parts | None:
