@@ -80,13 +80,13 @@ def layer_bytes(shape: Shape, setup: TrainerSetup) -> float:
     """What one layer keeps of a token for its backward.
 
     b times: the layer's input, its norm, q, k, v, attention's output, the sum after it, its norm, gate, up and their
-    product: 4 D + 2 Q + 2 K + 3 F. Unfused, silu(gate) too, and each of the two norms once more in fp32. With eager
-    attention the scores, before and after softmax, of each head.
+    product: 4 D + 2 Q + 2 K + 3 F (without a gate 2 F, up and its activation). Unfused, silu(gate) too, and each of the two
+    norms once more in fp32. With eager attention the scores, before and after softmax, of each head.
     """
     b = setup.itemsize
-    kept = b * (4.0 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 3 * shape.mlp)
+    kept = b * (4.0 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + shape.mlp_matrices * shape.mlp)
     if not setup.fused:
-        kept += b * shape.mlp + 2 * 4 * shape.hidden
+        kept += b * shape.mlp * shape.gated + 2 * 4 * shape.hidden
     return kept + 2 * b * shape.num_heads * setup.scores
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastreason.config import Config
-from fastreason.errors import ConfigError
+from fastreason.errors import ConfigError, ModelError
 from fastreason.gpus import device_memory
 from fastreason.models import read_model_config
 from fastreason.placement import Placement, engine_gpus, trainer_gpus
@@ -52,7 +52,10 @@ def check_sharing(
     memory = memory or (device_memory(shared[0]) if shared else None)
     if placement.mode != "colocated" or memory is None:
         return []
-    parts = trainer_parts(config, copies, nodes)
+    try:
+        parts = trainer_parts(config, copies, nodes)
+    except ModelError as error:  # a family that is not planned for may train
+        return [f"memory on the shared GPU is not checked: {error}"]
     if parts is None:
         return ["memory on the shared GPU is not checked: the model's config.json is not on this machine."]
     share = config.rollout.gpu_memory_utilization

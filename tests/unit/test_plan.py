@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
 from fastreason_kernels import gemm
+from test_families import FAMILIES, SIZES
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastreason import preflight
 from fastreason.cli import main
@@ -21,7 +23,7 @@ from fastreason.placement import Placement, place
 from fastreason.plan import calibration, command, memory, sharing
 from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
 from fastreason.plan.memory import GIB, TrainerSetup, engine_memory, layer_bytes, loss_bytes, trainer_memory
-from fastreason.plan.shapes import SHAPES, Shape, named_shape, shape_of
+from fastreason.plan.shapes import GATED, SHAPES, UNGATED, Shape, named_shape, shape_of
 from fastreason.plan.split import (
     SLACK,
     Layout,
@@ -62,6 +64,42 @@ def test_a_shape_by_hand():
     assert replace(TOY, qkv_bias=True, qk_norm=True, tied=True).num_parameters == 388 - 40 + 2 * (8 + 4)
     assert TOY.kv_bytes() == 2 * 2 * 2 * 2
     assert TOY.forward_flops(3, 5, 2) == 3 * (2 * 288 + 4 * 2 * 4 * 5) + 2 * 2 * 40
+
+
+def built(kind, **keys):
+    """(config.json, number of parameters) of a small model without its weights."""
+    config = AutoConfig.for_model(kind, **{**SIZES, "initializer_range": 0.02, **keys})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # As published, without the library's own keys; and what is tied counts once.
+    return json.loads(config.to_json_string()), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_parameters_of_every_tested_family_are_those_of_its_model(name):
+    kind, keys = FAMILIES[name]
+    raw, number = built(getattr(transformers, kind).model_type, **keys)
+    assert shape_of(raw, name).num_parameters == pytest.approx(number, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", [*GATED, *UNGATED])
+def test_the_parameters_of_every_planned_family_are_those_of_its_model(kind):
+    heads = {} if kind not in ("gpt_neox", "persimmon") else {"num_key_value_heads": 4}
+    raw, number = built(kind, head_dim=8, **heads)
+    assert shape_of(raw, kind).num_parameters == pytest.approx(number, rel=0.03)
+    del raw["tie_word_embeddings"]  # published ones leave it out where it is the family's own
+    assert shape_of(raw, kind).num_parameters == pytest.approx(number, rel=0.03)
+
+
+def test_a_layer_without_a_gate_by_hand():
+    bare = replace(TOY, gated=False)
+    assert (bare.layer_matrices, bare.num_parameters) == (144 - 4 * 8, 388 - 2 * 4 * 8)
+    assert layer_bytes(TOY, TrainerSetup()) - layer_bytes(bare, TrainerSetup()) == 2 * 8
+    loose = TrainerSetup(fused=False)
+    assert layer_bytes(TOY, loose) - layer_bytes(bare, loose) == 2 * 2 * 8
+    layer = calibration.Layer(bare, torch.float32)
+    assert sum(p.numel() for p in layer.parameters()) == bare.layer_matrices
+    assert layer(torch.randn(calibration.LINE, 4)).shape == (calibration.LINE, 4)
 
 
 def tiny_llama(**keys):
@@ -343,6 +381,14 @@ def test_the_recipe_of_one_gpu_has_room_on_80_gb_and_sleeps(tmp_path):
     assert sharing.check_sharing(config, Placement("split"), 1.0) == []
 
 
+def test_a_family_that_is_not_planned_for_may_share_a_gpu(tmp_path):
+    config = shared_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_experts": 8}))
+    (said,) = sharing.check_sharing(config, SHARED, 1.0)
+    assert said.startswith("memory on the shared GPU is not checked: ") and "num_experts=8" in said
+
+
 def test_a_reference_beside_the_policy_counts(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(
@@ -417,7 +463,11 @@ def test_what_may_not_fit_on_one_gpu_is_a_warning_with_figures(tmp_path):
 
 @pytest.mark.parametrize(
     ("keys", "said"),
-    [({"num_experts": 8}, "num_experts=8"), ({"layer_types": ["linear_attention"]}, "linear_attention")],
+    [
+        ({"num_experts": 8}, "num_experts=8"),
+        ({"layer_types": ["linear_attention"]}, "linear_attention"),
+        ({"model_type": "minicpm3"}, "a minicpm3 model's parameters have not been compared .*: llama, .*persimmon"),
+    ],
 )
 def test_shapes_that_are_not_covered_are_refused(keys, said):
     with pytest.raises(ModelError, match=said):
