@@ -126,12 +126,9 @@ def sharing_notes(config: Config, placement: Placement, device: str, nodes: int 
     said = f"colocated, {asleep if placement.sleeps else 'at the same time: each has a share of the memory'}"
     if device != "cuda":
         return (said,)
-    from fastreason.algorithms import resolve_algorithm
     from fastreason.plan.sharing import check_sharing
 
-    copies = ["reference"] if resolve_algorithm(config).needs_reference and config.lora.rank is None else []
-    copies += ["published copy"] if config.rollout.transport in ("ipc", "nccl") else []
-    return (said, *check_sharing(config, placement, copies=copies, nodes=nodes))
+    return (said, *check_sharing(config, placement, nodes=nodes))
 
 
 def check_adapter(config: Config, sleeps: bool = False) -> None:

@@ -64,6 +64,12 @@ class Shape:
         heads = self.head_matrix * (1 if self.tied else 2)
         return heads + self.body_matrices + self.num_layers * vectors + self.hidden
 
+    def adapter_parameters(self, rank: int, head: bool = False) -> int:
+        """Of a low-rank adapter on all linear layers: r times in plus out of each; `head`: of the head too."""
+        attention = 4 * self.hidden + 2 * self.query_width + 2 * self.kv_width
+        widths = self.num_layers * (attention + self.mlp_matrices * (self.hidden + self.mlp))
+        return rank * (widths + (self.hidden + self.vocab) * head)
+
     def kv_bytes(self, itemsize: int = 2) -> int:
         """Of one token in the KV cache: a key and a value in every layer."""
         return 2 * self.num_layers * self.kv_width * itemsize

@@ -68,7 +68,7 @@ ALLOWED = {
     "run_folder": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
-    "plan": FOUNDATION | {"metrics", "models", "preflight", "placement", "resources", "gpus"},
+    "plan": FOUNDATION | {"metrics", "models", "preflight", "placement", "resources", "gpus", "algorithms"},
     "credit": MEANING | PLUMBING,
     "frozen": MEANING | PLUMBING | {"policy", "lora", "body"},
     "critic": MEANING | PLUMBING | {"policy", "update", "body"},
