@@ -159,16 +159,16 @@ def training(shape: Shape, device: Device, rates: Rates, work: Workload, setup: 
 
     Per rank and micro-batch stage 3 gathers weights twice and reduces gradients once, stage 2 reduces; per update, stages
     1 and 2 gather weights, and stages 0 and 1 reduce. Gradients and optimizer are those of the parameters that are trained; a
-    critic has its own, and a frozen model that stage 3 divides is gathered once. Micro-batches are taken as full and ranks as
-    equally busy.
+    critic has its own, and a frozen model that stage 3 divides is gathered once. Offloaded, a rank's gradients and new weights
+    cross to the host and back and Adam works in its memory; offloaded weights come from there for each forward and backward.
+    Micro-batches are taken as full and ranks as equally busy.
     """
     ranks, b = setup.ranks, setup.itemsize
     compute_s = training_flops(shape, setup, work) / (ranks * device.flops * rates.train_mfu)
     micro_batches = max(work.updates, math.ceil(work.trained_tokens / ranks / work.micro_batch_tokens))
-    moved, trained = 0.0, 0
-    for whole, own in _trained_models(shape, setup):
-        moved += b * _moved_parameters(whole, own, setup.stage, micro_batches, work.updates)
-        trained += own
+    models = _trained_models(shape, setup)
+    moved = sum(b * _moved_parameters(*model, setup.stage, micro_batches, work.updates) for model in models)
+    trained = sum(own for _, own in models)
     if setup.stage == 3:
         frozen = [each for each in setup.beside if each.copied and each.divided and not each.trained]
         moved += sum(micro_batches * (each.itemsize or b) * (each.shape or shape).num_parameters for each in frozen)
@@ -176,10 +176,14 @@ def training(shape: Shape, device: Device, rates: Rates, work: Workload, setup: 
     comm_s = moved * (ranks - 1) / ranks / (link * rates.link_share)
     # Masters and both moments read and written, the gradient read, the weight written.
     adam_bytes = (24 + 4 + b) * trained / (ranks if setup.stage else 1)
-    adam_s = work.updates * adam_bytes / device.bandwidth
+    adam_s, stream_s = work.updates * adam_bytes / device.bandwidth, 0.0
     if setup.offload:
-        adam_s = work.updates * (4 + b) * trained / ranks / (rates.swap_gb_s * GB)
-    return max(compute_s, comm_s) + adam_s
+        swap_s = (4 + b) * trained / ranks / (rates.swap_gb_s * GB)
+        adam_s = work.updates * (swap_s + adam_bytes * min(ranks, device.per_node) / (rates.host_gb_s * GB))
+    if setup.offload_weights:
+        streamed = 2 * micro_batches * b * sum(whole for whole, _ in models) / ranks
+        stream_s = streamed / (rates.stream_gb_s * GB)
+    return max(compute_s, comm_s) + stream_s + adam_s
 
 
 def _trained_models(shape: Shape, setup: TrainerSetup) -> list[tuple[int, int]]:

@@ -251,6 +251,29 @@ def test_training_by_hand():
     assert far == pytest.approx(max(6 * 388 / 10, 1.5 * (body + head) / 1000) + adam / 2)
 
 
+def test_what_is_on_the_host_takes_its_way_by_hand():
+    """Two ranks, two micro-batches and updates: 4 + 2 bytes a parameter swapped, 30 of Adam, 2 2 times the weights."""
+    fast = replace(DEVICE, flops=1e30, link=1e30, node_link=1e30)
+    rates = replace(EXACT, swap_gb_s=1e-9, host_gb_s=1e-9, stream_gb_s=1e-9)
+
+    def seconds(rates=rates, device=fast, **keys):
+        return training(TOY, device, rates, WORK, TrainerSetup(ranks=2, zero_stage=3, **keys))
+
+    swapped, adam, streamed = 2 * 6 * 388 / 2, 2 * 30 * 388 / 2, 2 * 2 * 2 * 388 / 2
+    host = {"offload": True}
+    assert seconds(**host) == pytest.approx(swapped + 2 * adam), "both ranks' Adam is in one host's memory"
+    assert seconds(device=replace(fast, per_node=1), **host) == pytest.approx(swapped + adam), "or in one each"
+    assert seconds(replace(rates, host_gb_s=1e30), **host) == pytest.approx(swapped)
+    both = {**host, "offload_weights": True}
+    assert seconds(**both) == pytest.approx(swapped + 2 * adam + streamed)
+    assert seconds(replace(rates, swap_gb_s=1e30, host_gb_s=1e30), **both) == pytest.approx(streamed)
+    # An adapter swaps and steps its own, and streams all; a critic does both.
+    adapter = seconds(adapter=3, **both)
+    assert adapter == pytest.approx((swapped + 2 * adam) * 384 / 388 + streamed * 772 / 388)
+    critic = seconds(beside=(Beside("critic", trained=True),), **both)
+    assert critic == pytest.approx((swapped + 2 * adam + streamed) * (388 + 353) / 388)
+
+
 def test_publication_and_the_step():
     assert publication(776, DEVICE, EXACT, "shm", 2) == pytest.approx(776 / 1e3)
     assert publication(776, DEVICE, EXACT, "nccl", 2) == pytest.approx(776 / 50)
@@ -698,7 +721,12 @@ def test_the_command_plans_four_models_for_three_sizes(capsys):
     config = ROOT / "configs" / "math_grpo_gpu.yaml"
     sizes, gpus = ["1.5b", "7b", "32b", "70b"], [8, 64, 512]
     code, text = plan(capsys, config, "--gpu", "h100", "--gpus", *gpus, "--model-shape", *sizes)
-    assert code == 0 and "train_mfu=0.4" in text and "half of the longest allowed" in text
+    assert (
+        code == 0
+        and "train_mfu=0.4" in text
+        and "stream_gb_s=10, host_gb_s=50" in text
+        and "half of the longest allowed" in text
+    )
     rows = [line for line in text.splitlines() if re.match(r"(qwen2.5|llama-3)-\S+ +\d+  ", line)]
     assert len(rows) == 12
     code, text = plan(capsys, config, "--gpu", "h100", "--model-shape", "7b", "--rate", "train_mfu=0.2")
