@@ -461,6 +461,16 @@ def test_the_models_beside_the_policy_count(tmp_path, overrides, beside):
     assert memory.resident_bytes(parts) >= sum(beside.values()), "they stay while an engine generates"
 
 
+def test_a_critic_on_the_policy_s_own_body_is_as_large_as_the_shape_that_is_asked_for(tmp_path):
+    config = shared_config(tmp_path)
+    assert (
+        command.companion("critic", str(tmp_path), config)
+        == command.companion("critic", None, config)
+        == Beside("critic")
+    )
+    assert command.companion("critic", str(write_shape(tmp_path / "small")), config).shape.hidden == 4
+
+
 def test_a_frozen_model_is_divided_where_stage_3_divides_it():
     def parts(*beside, **keys):
         found = trainer_memory(TOY, TrainerSetup(ranks=4, beside=beside, **keys), 10, 5)
