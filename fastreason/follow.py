@@ -11,6 +11,7 @@ from typing import Any
 
 from fastreason.config import load_config
 from fastreason.errors import ConfigError, FastreasonError, NodeError
+from fastreason.gpus import check_gpus
 from fastreason.launch import folders, trainer_part
 from fastreason.nodes import Link, Node, Place, heed, open_store
 from fastreason.placement import Placement
@@ -53,6 +54,11 @@ def run_ranks(link: Link, run: dict[str, Any], request: StopRequest) -> int:
             "that all machines share, under the same path."
         )
     config = load_config(run_dir / "config.yaml")
+    if run["device"] == "cuda":
+        try:
+            check_gpus(config, generates=False, trains=True)
+        except ConfigError as error:
+            raise ConfigError(f"node {node.index} of {node.num}: {error}") from error
     placement = Placement("split", sleeps=run["sleeps"])
     decisions = Decisions(device=run["device"], attention=run["attention"], liger=run["liger"], placement=placement)
     groups_dir = Path(run["groups_dir"]) if run["groups_dir"] else None

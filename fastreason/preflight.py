@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastreason.config import Config, batch_derivation
 from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
+from fastreason.gpus import check_gpus, idle_notes
 from fastreason.machine import has_bf16_products
 from fastreason.models import max_model_len, model_folder, read_model_config
 from fastreason.placement import SPLIT, Placement, place
@@ -59,6 +60,9 @@ def preflight(
     for key, gpus in (("rollout.gpus", config.rollout.gpus), ("train.gpus", config.train.gpus)):
         if gpus:
             parse_cores(gpus, key)
+    on_gpu, trains = device == "cuda", only != "rollout"
+    if on_gpu:
+        check_gpus(config, generates=not offline and only != "train", trains=trains)
     liger = importlib.util.find_spec("liger_kernel") is not None
     placement = SPLIT if offline or only is not None else place(config, device)
     check_adapter(config, device, placement.sleeps)
@@ -67,7 +71,7 @@ def preflight(
         attention=decide_attention(config, device, longest_line(config)),
         liger=choose_liger(config.model.liger, device, liger),
         placement=placement,
-        notes=sharing_notes(config, placement, device, nodes),
+        notes=sharing_notes(config, placement, device, nodes) + (idle_notes(config) if on_gpu and trains else ()),
     )
     choose_layout(config.train.share_prompts, decisions.attention, device)
     return decisions, unchecked
@@ -122,12 +126,9 @@ def sharing_notes(config: Config, placement: Placement, device: str, nodes: int 
     said = f"colocated, {asleep if placement.sleeps else 'at the same time: each has a share of the memory'}"
     if device != "cuda":
         return (said,)
-    from fastreason.algorithms import resolve_algorithm
     from fastreason.plan.sharing import check_sharing
 
-    copies = ["reference"] if resolve_algorithm(config).needs_reference and config.lora.rank is None else []
-    copies += ["published copy"] if config.rollout.transport in ("ipc", "nccl") else []
-    return (said, *check_sharing(config, placement, copies=copies, nodes=nodes))
+    return (said, *check_sharing(config, placement, nodes=nodes))
 
 
 def check_adapter(config: Config, device: str, sleeps: bool = False) -> None:

@@ -171,7 +171,8 @@ def resource_table(config: Config, device: str, only: str | None = None) -> list
         rows.append(("graders", str(config.reward.workers), "this machine, with the producer", ""))
     if only != "rollout":
         train = config.train
-        where = _where(train.cores, train.gpus, device)
+        gpus = cores_text(parse_cores(train.gpus, "train.gpus")[: train.ranks]) if train.gpus else None
+        where = _where(train.cores, gpus, device)
         if device == "cpu" and train.spare_cores:
             where += f", at idle priority also {train.spare_cores}"
         how = f"ZeRO-{train.zero_stage}{ON_HOST[train.offload]}"

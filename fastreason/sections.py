@@ -185,7 +185,7 @@ class RolloutConfig(Section):
     )
     cores: NumberList | None = Field(None, description="CPU cores of the engines, e.g. '0' or '0-3'; null: all")
     gpus: NumberList | None = Field(
-        None, description="GPU: devices of the engines, e.g. '7' or '6-7'; null: all that are visible"
+        None, description="GPU: devices of the engines, e.g. '7' or '6-7'; null: the first that are visible"
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU: size of the engine's KV cache, GiB")
     gpu_memory_utilization: float = Field(
@@ -430,7 +430,7 @@ class TrainConfig(Section):
         description="cores of the engine that the trainer, at idle priority, may use too; Linux, without other work on it",
     )
     gpus: NumberList | None = Field(
-        None, description="GPU: devices of the ranks, e.g. '0-6'; null: all that are visible"
+        None, description="GPU: devices of the ranks, e.g. '0-6'; null: the first that are visible"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
 

@@ -49,12 +49,13 @@ def product_flops(rows: int, width: int, columns: int, dtype: torch.dtype) -> fl
 
 
 class Layer(torch.nn.Module):
-    """One decoder layer of a shape: norms in fp32, causal attention over lines of LINE tokens, a gated MLP."""
+    """One decoder layer of a shape: norms in fp32, causal attention over lines of LINE tokens, its MLP."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
-        widths = {"q": shape.query_width, "k": shape.kv_width, "v": shape.kv_width, "gate": shape.mlp, "up": shape.mlp}
+        widths = {"q": shape.query_width, "k": shape.kv_width, "v": shape.kv_width, "up": shape.mlp}
+        widths |= {"gate": shape.mlp} if shape.gated else {}
         made = {name: (shape.hidden, width) for name, width in widths.items()}
         made |= {"o": (shape.query_width, shape.hidden), "down": (shape.mlp, shape.hidden)}
         self.parts = torch.nn.ModuleDict(
@@ -68,7 +69,8 @@ class Layer(torch.nn.Module):
         seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + parts["o"](seen.transpose(1, 2).reshape(len(x), -1))
         y = _normed(x)
-        return x + parts["down"](torch.nn.functional.silu(parts["gate"](y)) * parts["up"](y))
+        up, silu = parts["up"](y), torch.nn.functional.silu
+        return x + parts["down"](silu(parts["gate"](y)) * up if self.shape.gated else silu(up))
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,12 @@ from fastreason.metrics import read_metrics
 from fastreason.models import read_model_config, resolve_model
 from fastreason.placement import place
 from fastreason.plan.hardware import DEVICES, Device, Rates, changed_rates, named_device
-from fastreason.plan.memory import GIB, TrainerSetup, engine_memory
+from fastreason.plan.memory import GIB, Beside, TrainerSetup, engine_memory
 from fastreason.plan.report import against_lines, assumption_lines, plan_lines, summary_lines
 from fastreason.plan.shapes import Shape, named_shape, shape_of
 from fastreason.plan.split import Layout, Plan, layout_of, plan_gpus
 from fastreason.plan.times import Workload
+from fastreason.preflight import choose_dtype
 from fastreason.resources import num_engines
 
 SHORT_LINE = 384  # tokens, as in policy.py: lines up to which auto takes eager attention on a CPU
@@ -50,7 +51,8 @@ def run_plan(options: argparse.Namespace) -> int:
     machine = chosen_machine(options, config, shapes[0])
     given = lengths_given(options)
     work = workload_of(config, options.prompt_tokens, options.response_tokens, machine.device.is_cpu)
-    print("\n".join([*assumption_lines(machine.device, machine.rates, work, given), ""]))
+    setup = setup_of(config, machine.device, config.train.ranks, work)
+    print("\n".join([*assumption_lines(machine.device, machine.rates, work, given, setup), ""]))
     plans = [plan_of(config, shape, machine, work, gpus) for shape in shapes for gpus in options.gpus]
     print(
         "\n".join(
@@ -96,7 +98,7 @@ def workload_of(config: Config, prompt: float | None, response: float | None, on
 
 
 def setup_of(config: Config, device: Device, ranks: int, work: Workload) -> TrainerSetup:
-    """How the config's trainer keeps its model; on a CPU with eager attention's scores where its lines are short."""
+    """How the config's trainer keeps its models; on a CPU with eager attention's scores where its lines are short."""
     return TrainerSetup(
         ranks=ranks,
         zero_stage=config.train.zero_stage,
@@ -107,7 +109,39 @@ def setup_of(config: Config, device: Device, ranks: int, work: Workload) -> Trai
         fused=not device.is_cpu and config.model.liger != "off",
         scores=round(work.line) if device.is_cpu and work.line <= SHORT_LINE else 0,
         on_gpu=not device.is_cpu,
+        adapter=config.lora.rank or 0,
+        adapter_head=config.lora.head,
+        adapter_published=config.lora.applied_by_engine,
+        beside=models_beside(config, device),
     )
+
+
+def models_beside(config: Config, device: Device) -> tuple[Beside, ...]:
+    """What each rank of an online run has beside the policy, as `companions.py` loads it."""
+    from fastreason.algorithms import resolve_algorithm
+
+    algorithm, found = resolve_algorithm(config), []
+    compares = algorithm.kl.estimator != "none"  # a coefficient of 0 has it loaded too, for figures
+    if compares and algorithm.kl.target == "teacher":
+        if config.teacher.where == "trainer":
+            wanted = choose_dtype(config.teacher.dtype, "cpu" if device.is_cpu else "cuda")
+            found.append(companion("teacher", config.teacher.path, config, itemsize=4 if wanted == "float32" else 2))
+    elif compares or algorithm.pairs:
+        found.append(Beside("reference", copied=config.lora.rank is None))
+    if algorithm.critic:
+        found.append(companion("critic", config.critic.path, config, trained=True))
+    if config.rollout.transport in ("ipc", "nccl"):
+        found.append(Beside("published copy", scores=False, divided=False))
+    return tuple(found)
+
+
+def companion(name: str, path: str | None, config: Config, itemsize: int = 0, trained: bool = False) -> Beside:
+    """A model of another folder; as large as the policy where that is the policy's, or is not on this machine."""
+    shape = None
+    if path is not None and path != config.model.path and Path(path).is_dir():
+        shape = shape_of(read_model_config(path), path)
+    assumed = shape is None and path not in (None, config.model.path)
+    return Beside(name, shape, itemsize, trained, assumed=assumed)
 
 
 def chosen_machine(options: argparse.Namespace, config: Config, shape: Shape) -> Machine:
@@ -132,7 +166,6 @@ def chosen_machine(options: argparse.Namespace, config: Config, shape: Shape) ->
 
 def measured_machine(options: argparse.Namespace, config: Config, shape: Shape) -> Machine:
     from fastreason.plan.calibration import calibrate, write_calibration
-    from fastreason.preflight import choose_dtype
 
     train, rollout = config.train, config.rollout
     threads = [
@@ -194,7 +227,8 @@ def against(run_dir: Path, options: argparse.Namespace) -> list[str]:
     names = {"train_s": "time/train_s", "generate_s": "time/generate_s", "publish_s": "time/publish_s"}
     names |= {"step_s": "time/step_s", "peak_gib": "memory/peak_gib"}
     measured = {name: _median(rows, key) for name, key in names.items()}
-    lines = assumption_lines(machine.device, machine.rates, work, [f"lengths of {run_dir.name}"])
+    setup = setup_of(config, machine.device, config.train.ranks, work)
+    lines = assumption_lines(machine.device, machine.rates, work, [f"lengths of {run_dir.name}"], setup)
     return [*lines, "", f"{shape.name}, {len(rows)} steps of {run_dir}", *against_lines(estimated, measured)]
 
 

@@ -71,6 +71,10 @@ class Rates:
         1.0  # colocated: an engine falls asleep or wakes; its memory is unmapped and mapped, nothing is copied
     )
     asleep_gib: float = 2.0  # colocated: of a GPU, what an engine that sleeps still holds: context, captured graphs
+    stream_gb_s: float = 10.0  # offloaded weights to a GPU, from memory that is not pinned, and so beside no products
+    host_gb_s: float = (
+        50.0  # what Adam reads and writes of the host's memory where it is offloaded, a node's ranks together
+    )
 
 
 # On a CPU the rates of products are measured as products, with no peak above them. decode_mfu is fitted to vLLM's CPU build,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from fastreason.plan.hardware import GB, TERA, Device, Rates
-from fastreason.plan.memory import GIB, Parts, resident_bytes, whole_logits_bytes
+from fastreason.plan.memory import GIB, Parts, TrainerSetup, resident_bytes, whole_logits_bytes
 from fastreason.plan.shapes import Shape
 from fastreason.plan.split import Layout, Plan, judge
 from fastreason.plan.times import Workload
@@ -23,7 +23,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in aligned]
 
 
-def assumption_lines(device: Device, rates: Rates, work: Workload, given: Sequence[str]) -> list[str]:
+def assumption_lines(
+    device: Device, rates: Rates, work: Workload, given: Sequence[str], setup: TrainerSetup
+) -> list[str]:
     """Everything that the figures rest on. given: which of the workload's lengths a person or a run has told."""
     links = (
         f", links {device.link / GB:.3g} GB/s in a node of {device.per_node}, {device.node_link / GB:.3g} between nodes"
@@ -38,14 +40,35 @@ def assumption_lines(device: Device, rates: Rates, work: Workload, given: Sequen
         "assumed  " + ", ".join(f"{field.name}={getattr(rates, field.name):.3g}" for field in fields(Rates)),
         "         (--rate key=number changes one); micro-batches are full, ranks equally busy, every sequence has a gradient, "
         "nothing is padded or evaluated",
+        *model_lines(setup),
     ]
+
+
+def model_lines(setup: TrainerSetup) -> list[str]:
+    """What is assumed of an adapter, and of the models beside the policy."""
+    lines = []
+    if setup.adapter:
+        head = "the head too" if setup.adapter_head else "not on the head"
+        sent = "it alone is published" if setup.adapter_published else "merged weights are published"
+        lines.append(
+            f"adapter  rank {setup.adapter} on all linear layers (fewer with lora.targets), {head}; a frozen weight has no "
+            f"gradient: 4 operations a parameter and token in the place of 6; {sent}"
+        )
+    said = []
+    for each in setup.beside:
+        what = "trained on each token" if each.trained else "scores each token" if each.scores else "on one rank"
+        own = "" if each.copied else ", the model itself without its adapter"
+        size = ", assumed as large as the policy: its config.json is not on this machine" if each.assumed else ""
+        said.append(f"{each.name} ({what}{own}{size})")
+    return [*lines, f"beside   {'; '.join(said)}"] if said else lines
 
 
 def memory_lines(layout: Layout, shape: Shape, work: Workload, rates: Rates, device: Device) -> list[str]:
     """GiB of a trainer's device and of an engine's, by part, and what whole logits would add."""
     setup = layout.setup
     of_responses = work.micro_batch(setup.ranks) * work.response_share
-    kept = ", checkpointing" if setup.checkpointing else ""
+    kept = f", adapter of rank {setup.adapter}" if setup.adapter else ""
+    kept += ", checkpointing" if setup.checkpointing else ""
     host = ["optimizer"] * setup.offload + ["weights"] * setup.offload_weights
     kept += f", {' and '.join(host)} on the host" if host else ""
     trainer, engine = layout.trainer, layout.engine

@@ -1,7 +1,7 @@
 """The shape of a decoder and what follows from it: parameters, operations and bytes of a token.
 
-It owns the table of known shapes and the reading of a config.json. It refuses mixtures of experts and layers that do not
-attend: their counts would be wrong.
+It owns the table of known shapes and the reading of a config.json. It refuses mixtures of experts, layers that do not attend
+and families that its count has not been compared with: it would be wrong for some.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from fastreason.errors import ModelError
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of gated MLPs (gate, up, down) and grouped-query attention.
+    """A decoder of gated MLPs (gate, up, down), or others (up, down), and grouped-query attention.
 
     qkv_bias: q, k and v have one. qk_norm: a norm of `head_dim` on q and on k. tied: the head is the embedding.
     """
@@ -29,6 +29,7 @@ class Shape:
     tied: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    gated: bool = True
 
     @property
     def query_width(self) -> int:
@@ -40,8 +41,12 @@ class Shape:
 
     @property
     def layer_matrices(self) -> int:
-        """Parameters of one layer that are multiplied with: D (2 Q + 2 K) of attention, 3 D F of the MLP."""
-        return self.hidden * (2 * self.query_width + 2 * self.kv_width) + 3 * self.hidden * self.mlp
+        """Parameters of one layer that are multiplied with: D (2 Q + 2 K) of attention, 3 D F of the MLP, 2 without a gate."""
+        return self.hidden * (2 * self.query_width + 2 * self.kv_width + self.mlp_matrices * self.mlp)
+
+    @property
+    def mlp_matrices(self) -> int:
+        return 3 if self.gated else 2
 
     @property
     def body_matrices(self) -> int:
@@ -58,6 +63,12 @@ class Shape:
         vectors += (self.query_width + 2 * self.kv_width) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         heads = self.head_matrix * (1 if self.tied else 2)
         return heads + self.body_matrices + self.num_layers * vectors + self.hidden
+
+    def adapter_parameters(self, rank: int, head: bool = False) -> int:
+        """Of a low-rank adapter on all linear layers: r times in plus out of each; `head`: of the head too."""
+        attention = 4 * self.hidden + 2 * self.query_width + 2 * self.kv_width
+        widths = self.num_layers * (attention + self.mlp_matrices * (self.hidden + self.mlp))
+        return rank * (widths + (self.hidden + self.vocab) * head)
 
     def kv_bytes(self, itemsize: int = 2) -> int:
         """Of one token in the KV cache: a key and a value in every layer."""
@@ -118,6 +129,11 @@ def shape_of(config: Mapping[str, Any], name: str) -> Shape:
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
+        if kind not in (*GATED, *UNGATED):
+            raise ModelError(
+                f"{name}: a {kind} model's parameters have not been compared with this count. Planned for are: "
+                f"{', '.join([*GATED, *UNGATED])}."
+            )
         return Shape(
             name=name,
             num_layers=int(config["num_hidden_layers"]),
@@ -128,12 +144,18 @@ def shape_of(config: Mapping[str, Any], name: str) -> Shape:
             mlp=int(config["intermediate_size"]),
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", kind in TIED_BY_DEFAULT)),
-            qkv_bias=bool(config.get("attention_bias", kind in ("qwen2", "phi"))),
+            qkv_bias=bool(config.get("attention_bias", kind in ("qwen2", "phi", "starcoder2"))),
             qk_norm=kind in ("qwen3", "gemma3_text"),
+            gated=kind in GATED,
         )
     except KeyError as error:
         raise ModelError(f"{name}: its config.json has no {error}: a shape that is not planned for.") from error
 
 
+# Families whose count is within some per cent of transformers' own models, by their MLP.
+GATED: tuple[str, ...] = ("llama", "qwen2", "qwen3", "mistral", "ministral3", "gemma", "gemma2", "gemma3_text", "phi3")
+GATED += ("olmo", "olmo2", "olmo3", "smollm3", "cohere", "cohere2", "granite", "hyperclovax", "glm", "glm4", "exaone4")
+GATED += ("seed_oss", "stablelm", "ernie4_5")
+UNGATED = ("phi", "starcoder2", "nemotron", "arcee", "apertus", "nanochat", "jais2", "gpt_neox", "persimmon")
 # Families whose config.json leaves tie_word_embeddings out where it is true.
-TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2")
+TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "smollm3", "starcoder2", "ernie4_5")

@@ -4,12 +4,12 @@ What is certain (weights, gradients, optimizer beside the engine's share) is an 
 (activations, the loss) is a warning. It refuses to judge a model whose config.json is not on this machine.
 """
 
-import subprocess
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastreason.config import Config
-from fastreason.errors import ConfigError
+from fastreason.errors import ConfigError, ModelError
+from fastreason.gpus import device_memory
 from fastreason.models import read_model_config
 from fastreason.placement import Placement, engine_gpus, trainer_gpus
 from fastreason.plan.command import setup_of, workload_of
@@ -22,20 +22,10 @@ RATES = Rates()
 CONTEXTS_GIB = 1.0  # two CUDA contexts, at the least
 
 
-def device_memory(index: int) -> float | None:
-    """Bytes of a GPU, as its driver says; None where that cannot be asked. Asked without torch, which would make a context."""
-    command = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return float(done.stdout.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
-def trainer_parts(config: Config, copies: Sequence[str] = (), nodes: int = 1) -> Parts | None:
+def trainer_parts(config: Config, nodes: int = 1) -> Parts | None:
     """`trainer_memory` of one rank on a GPU at the step's mean lengths; None where the model's shape is not here.
 
-    copies: names of what else has the model's weights there. nodes: machines with `train.ranks` ranks each.
+    A teacher or critic whose shape is not here is left out. nodes: machines with `train.ranks` ranks each.
     """
     if not Path(config.model.path).is_dir():
         return None
@@ -43,26 +33,25 @@ def trainer_parts(config: Config, copies: Sequence[str] = (), nodes: int = 1) ->
     itemsize = 4 if config.model.dtype == "float32" else 2
     work = workload_of(config, None, None, on_cpu=False)
     device = Device("gpu", 0.0, 1.0, 1.0, 1.0, 1.0, "", itemsize=itemsize)
-    parts = rank_memory(shape, work, setup_of(config, device, nodes * config.train.ranks, work))
-    if config.lora.rank is not None:  # what an adapter has of these is small
-        parts |= dict.fromkeys(("gradients", "optimizer", "buckets"), 0.0)
-    return parts | dict.fromkeys(copies, float(itemsize * shape.num_parameters))
+    setup = setup_of(config, device, nodes * config.train.ranks, work)
+    return rank_memory(shape, work, replace(setup, beside=tuple(each for each in setup.beside if not each.assumed)))
 
 
-def check_sharing(
-    config: Config, placement: Placement, memory: float | None = None, copies: Sequence[str] = (), nodes: int = 1
-) -> list[str]:
+def check_sharing(config: Config, placement: Placement, memory: float | None = None, nodes: int = 1) -> list[str]:
     """What a person should know of a colocated run's memory; raises ConfigError where it cannot fit.
 
     The engine takes `rollout.gpu_memory_utilization` of the GPU. Where it sleeps, the trainer's resident parts are beside
-    that; else the trainer's peak is. memory: bytes of the GPU that both have, asked of the driver unless given. copies,
-    nodes: as in `trainer_parts`.
+    that; else the trainer's peak is. memory: bytes of the GPU that both have, asked of the driver unless given. nodes: as in
+    `trainer_parts`.
     """
     shared = sorted(set(engine_gpus(config)) & set(trainer_gpus(config)))
     memory = memory or (device_memory(shared[0]) if shared else None)
     if placement.mode != "colocated" or memory is None:
         return []
-    parts = trainer_parts(config, copies, nodes)
+    try:
+        parts = trainer_parts(config, nodes)
+    except ModelError as error:  # a family that is not planned for may train
+        return [f"memory on the shared GPU is not checked: {error}"]
     if parts is None:
         return ["memory on the shared GPU is not checked: the model's config.json is not on this machine."]
     share = config.rollout.gpu_memory_utilization

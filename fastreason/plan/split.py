@@ -118,7 +118,7 @@ def layout_of(
         generate_s=made.batch_s,
         steady_s=made.steady_s,
         train_s=training(shape, device, rates, work, setup),
-        publish_s=publication(shape, device, rates, transport, gpus),
+        publish_s=publication(setup.published_bytes(shape), device, rates, transport, gpus),
     )
     swap_s = 2 * rates.sleep_s if colocated else 0.0
     return Layout(engines, tensor_parallel, setup, colocated, times, trainer, engine, made.concurrency, swap_s)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from fastreason.plan.hardware import GB, Device, Rates
-from fastreason.plan.memory import TrainerSetup
+from fastreason.plan.memory import Beside, TrainerSetup, critic_parameters
 from fastreason.plan.shapes import Shape
 
 MESSAGE_S = 1e-5  # latency of one collective
@@ -129,38 +129,80 @@ def generation(
 
 
 def training_flops(shape: Shape, setup: TrainerSetup, work: Workload) -> float:
-    """Of a step: forward, twice that backward, the body's forward once more with checkpointing."""
+    """Of a step: forward, twice that backward, the body's forward once more with checkpointing; and of the models beside it.
+
+    A frozen weight beside an adapter has no gradient: 4 operations a parameter and token in the place of 6. The adapter's own
+    are 6 a parameter and token. Frozen models score each token once; a critic values it once, and is trained.
+    """
+    return (
+        _update_flops(shape, setup, work, bool(setup.adapter))
+        + 6.0 * work.trained_tokens * (setup.trained(shape) if setup.adapter else 0)
+        + sum(_beside_flops(each, shape, setup, work) for each in setup.beside if each.scores)
+    )
+
+
+def _update_flops(shape: Shape, setup: TrainerSetup, work: Workload, frozen: bool, head: bool = True) -> float:
     body = shape.forward_flops(work.trained_tokens, work.seen, 0)
-    head = shape.forward_flops(0, 0, work.response_tokens)
-    return (4 if setup.checkpointing else 3) * body + 3 * head
+    products = shape.forward_flops(work.trained_tokens, 0, 0) + shape.forward_flops(0, 0, work.response_tokens) * head
+    attention = body - shape.forward_flops(work.trained_tokens, 0, 0)
+    return (2 if frozen else 3) * products + 3 * attention + body * setup.checkpointing
+
+
+def _beside_flops(each: Beside, policy: Shape, setup: TrainerSetup, work: Workload) -> float:
+    shape = each.shape or policy
+    forward = shape.forward_flops(work.trained_tokens, work.seen, 0 if each.trained else work.response_tokens)
+    return forward + (_update_flops(shape, setup, work, frozen=False, head=False) if each.trained else 0.0)
 
 
 def training(shape: Shape, device: Device, rates: Rates, work: Workload, setup: TrainerSetup) -> float:
     """Seconds of a step's updates on `setup.ranks` devices: operations or collectives, whichever is longer, and Adam.
 
     Per rank and micro-batch stage 3 gathers weights twice and reduces gradients once, stage 2 reduces; per update, stages
-    1 and 2 gather weights, and stages 0 and 1 reduce. Micro-batches are taken as full and ranks as equally busy.
+    1 and 2 gather weights, and stages 0 and 1 reduce. Gradients and optimizer are those of the parameters that are trained; a
+    critic has its own, and a frozen model that stage 3 divides is gathered once. Offloaded, a rank's gradients and new weights
+    cross to the host and back and Adam works in its memory; offloaded weights come from there for each forward and backward.
+    Micro-batches are taken as full and ranks as equally busy.
     """
-    ranks, b, num = setup.ranks, setup.itemsize, shape.num_parameters
+    ranks, b = setup.ranks, setup.itemsize
     compute_s = training_flops(shape, setup, work) / (ranks * device.flops * rates.train_mfu)
     micro_batches = max(work.updates, math.ceil(work.trained_tokens / ranks / work.micro_batch_tokens))
-    whole = {3: 3 * micro_batches, 2: micro_batches + work.updates}.get(setup.stage, 2 * work.updates)
+    models = _trained_models(shape, setup)
+    moved = sum(b * _moved_parameters(*model, setup.stage, micro_batches, work.updates) for model in models)
+    trained = sum(own for _, own in models)
+    if setup.stage == 3:
+        frozen = [each for each in setup.beside if each.copied and each.divided and not each.trained]
+        moved += sum(micro_batches * (each.itemsize or b) * (each.shape or shape).num_parameters for each in frozen)
     link = device.link if ranks <= device.per_node else device.node_link
-    comm_s = whole * b * num * (ranks - 1) / ranks / (link * rates.link_share)
+    comm_s = moved * (ranks - 1) / ranks / (link * rates.link_share)
     # Masters and both moments read and written, the gradient read, the weight written.
-    adam_bytes = (24 + 4 + b) * num / (ranks if setup.stage else 1)
-    adam_s = work.updates * adam_bytes / device.bandwidth
+    adam_bytes = (24 + 4 + b) * trained / (ranks if setup.stage else 1)
+    adam_s, stream_s = work.updates * adam_bytes / device.bandwidth, 0.0
     if setup.offload:
-        adam_s = work.updates * (4 + b) * num / ranks / (rates.swap_gb_s * GB)
-    return max(compute_s, comm_s) + adam_s
+        swap_s = (4 + b) * trained / ranks / (rates.swap_gb_s * GB)
+        adam_s = work.updates * (swap_s + adam_bytes * min(ranks, device.per_node) / (rates.host_gb_s * GB))
+    if setup.offload_weights:
+        streamed = 2 * micro_batches * b * sum(whole for whole, _ in models) / ranks
+        stream_s = streamed / (rates.stream_gb_s * GB)
+    return max(compute_s, comm_s) + stream_s + adam_s
 
 
-def publication(shape: Shape, device: Device, rates: Rates, transport: str, gpus: int) -> float:
-    """Seconds in which new weights reach the engines: through shared memory or a file, or over links (nccl, ipc).
+def _trained_models(shape: Shape, setup: TrainerSetup) -> list[tuple[int, int]]:
+    """(all parameters, those that are trained) of the policy and of a critic."""
+    critics = [critic_parameters(each.shape or shape) for each in setup.beside if each.trained]
+    return [(setup.whole(shape), setup.trained(shape)), *((number, number) for number in critics)]
+
+
+def _moved_parameters(whole: int, trained: int, stage: int, micro_batches: int, updates: int) -> int:
+    if stage == 3:
+        return micro_batches * (2 * whole + trained)
+    return trained * (micro_batches + updates if stage == 2 else 2 * updates)
+
+
+def publication(num_bytes: float, device: Device, rates: Rates, transport: str, gpus: int) -> float:
+    """Seconds in which `num_bytes` of weights reach the engines: through shared memory or a file, or over links (nccl, ipc).
 
     transport auto: shared memory within a node, over links between nodes.
     """
-    num_bytes = device.itemsize * shape.num_parameters
     within = gpus <= device.per_node
     if transport in ("nccl", "ipc") or (transport == "auto" and not within):
         return num_bytes / ((device.link if within or transport == "ipc" else device.node_link) * rates.link_share)

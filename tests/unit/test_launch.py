@@ -104,6 +104,7 @@ def test_one_phase_alone_shares_no_gpu_and_a_trainer_alone_needs_no_engine(make,
 
     monkeypatch.setattr(sharing, "check_sharing", refuse)
     monkeypatch.setattr("fastreason.preflight.choose_device", lambda wanted: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     shared = make(train={"device": "auto"})
     with pytest.raises(ConfigError, match="no room"):
         preflight(shared)
