@@ -1,6 +1,7 @@
 """Runs with several engine servers, some of which die or go away: the run goes on, and no prompt is lost or trained twice."""
 
 import json
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import secret_search
+import yaml
 from engine_serve import Serve
 
 from fastreason.ledger import audit_ledger, read_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def assert_nothing_lost(run: Any, steps: int, per_step: int = 3) -> None:
@@ -25,9 +28,15 @@ def assert_nothing_lost(run: Any, steps: int, per_step: int = 3) -> None:
 
 
 def test_one_of_two_servers_is_killed_and_the_run_goes_on_with_the_other_until_it_is_back(train_run):
-    """Two servers, two trainer ranks. The one that is killed comes back with the weights of then, and works again."""
+    """Two servers, two trainer ranks. The one that is killed comes back with the weights of then, and works again.
+
+    The quickstart's sums and reward. The fake engine's bytes are hardly ever a sum, so a second reward gives them a gradient.
+    """
     steps = 24
+    quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     run = train_run(
+        data={**quickstart["data"], "path": None, "max_prompt_tokens": 160},  # a byte is a token here
+        reward={"functions": {**quickstart["reward"]["functions"], "user_reward_of_the_test:even": 1.0}},
         resources={"engines": 2},
         rollout={"fake_token_s": 0.02, "max_staleness": 1},
         train={"ranks": 2, "steps": steps},
@@ -51,6 +60,10 @@ def test_one_of_two_servers_is_killed_and_the_run_goes_on_with_the_other_until_i
     assert [row["event"] for row in events] == ["engine_lost", "engine_back"], events
     restarts = json.loads((run.run_dir / "summary.json").read_text())["restarts"]
     assert restarts == {"engine-0": 0, "engine-1": 1, "producer": 0}
+    samples, sums = run.samples(), r".*arithmetic problem: \d [+-] \d ="
+    assert all(re.fullmatch(sums, row["prompt"]) for row in samples), samples[0]["prompt"]
+    assert all(set(row["parts"]) == {"math", "user_reward_of_the_test:even"} for row in samples), samples[0]["parts"]
+    assert all(row["train/grad_norm"] > 0 for row in rows)
     assert killed_at < steps - 8, "it was killed too late for this test to show anything"
     assert "engine 1 (fake)  1 server" in run.output and run.left_behind(2) == [] and run.files_left() == []
 

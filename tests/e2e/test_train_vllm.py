@@ -46,6 +46,24 @@ def test_two_steps_with_a_double_buffer(train_run):
     assert {row["version"] for row in run.samples()} == {0}
 
 
+@pytest.mark.faults  # its two workers and the trainer share two cores: a minute alone, more than two on a busy machine
+def test_new_weights_arrive_in_both_shards_of_a_model_that_two_cores_share(train_run):
+    """Strictly on-policy and in fp32: a shard with old weights, or with the other's half, would sample from another policy."""
+    run = train_run(
+        run={"timeout_s": 300},
+        rollout={**VLLM, "tensor_parallel": 2, "cores": "0-1", "max_staleness": 0, "startup_timeout_s": 400},
+        train={"steps": 3, "prompts_per_step": 4, "lr": 1e-2},
+    )
+    assert run.run(timeout_s=600) == 0, run.output + run.logs()
+    assert_nothing_left(run)
+    rows = run.metrics()
+    assert "core 0-1" in run.output and "tensor parallel 2" in run.output
+    assert [row["rollout/staleness_max"] for row in rows] == [0, 0, 0]
+    assert all(row["mismatch/logp_abs_mean"] < 1e-5 for row in rows)
+    assert all(row["mismatch/logp_abs_max"] < 1e-4 for row in rows)
+    assert abs(rows[-1]["loss/logp"] - rows[0]["loss/logp"]) > 0.1, "the policy did not move far"
+
+
 def test_a_port_in_use_fails_before_a_model_loads(train_run):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

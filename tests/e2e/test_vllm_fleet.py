@@ -1,4 +1,4 @@
-"""Two real vLLM servers: one is killed, the run goes on with the other, and the sampler agrees with the trainer throughout."""
+"""Two real vLLM servers, two ranks: one server is killed, the run goes on, and the sampler agrees with the trainer."""
 
 import json
 import signal
@@ -17,7 +17,7 @@ def test_one_of_two_vllm_servers_is_killed_and_comes_back_with_the_weights_of_th
         run={"timeout_s": 500},
         resources={"engines": 2},
         rollout={"engine": "vllm", "max_staleness": 0, "max_new_tokens": 48, "startup_timeout_s": 400},
-        train={"steps": steps, "lr": 1e-2},
+        train={"ranks": 2, "steps": steps, "lr": 1e-2},
         checkpoint={"save_model": False},
     )
     run.environment["TEST_REWARD_SLEEP_S"] = "0.3"  # a server takes as long as many steps to start
