@@ -9,6 +9,7 @@ import hashlib
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from matplotlib.figure import Figure
 from fastreason.evaluation.tables import Grid
 
 WIDE = 40  # characters: a cell with more is wrapped
+WORD = re.compile(r"[^\W\d_]{3}")  # where a cell has one, it is read and not compared: its column stands on the left
+LEFT = ' class="text"'
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,14 @@ def _picture(picture: Picture) -> str:
 
 def _table(table: Table, id: str) -> str:
     grid = table.grid
-    heads = "".join(f'<th scope="col"><button type="button">{_text(head)}</button></th>' for head in grid.heads)
-    rows = "\n".join(f"<tr>{''.join(_cells(table, number))}</tr>" for number in range(len(grid.rows)))
+    texts = {
+        place for row in grid.rows for place, cell in enumerate(row) if WORD.search(cell)
+    }  # columns of more than figures
+    heads = "".join(
+        f'<th scope="col"{LEFT if place in texts else ""}><button type="button">{_text(head)}</button></th>'
+        for place, head in enumerate(grid.heads)
+    )
+    rows = "\n".join(f"<tr>{''.join(_cells(table, number, texts))}</tr>" for number in range(len(grid.rows)))
     search = ""
     if table.samples is not None:
         say = "Search these problems"
@@ -130,10 +139,10 @@ def _table(table: Table, id: str) -> str:
     )
 
 
-def _cells(table: Table, number: int) -> list[str]:
+def _cells(table: Table, number: int, texts: set[int]) -> list[str]:
     cells = []
     for place, cell in enumerate(table.grid.rows[number]):
-        look = ' class="wide"' if len(cell) > WIDE else ""
+        look = ' class="wide"' if len(cell) > WIDE else LEFT if place in texts else ""
         text = _text(cell)
         if place == 0 and table.samples is not None:
             text = f'<button type="button" data-set="{table.samples}" data-problem="{table.places[number]}">{text}</button>'
