@@ -26,9 +26,9 @@ SETTINGS = {
     "train.lr_schedule": "constant",
     "train.skip_zero_advantage": "false",
     "train.micro_batch_tokens": 2048,
-    "train.prompts_per_step": 40,
+    "train.prompts_per_step": 56,
     "rollout.samples_per_prompt": 4,
-    "rollout.max_new_tokens": 18,
+    "rollout.max_new_tokens": 14,
     "rollout.max_running_groups": 0,  # unlike the quickstart: admission alone bounds what runs
     "log.warn_after": 1000,
 }
