@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl_arguments import training_arguments
+from trl_arguments import policy_arguments, training_arguments
 
 from fastreason.algorithms import resolve_algorithm
 from fastreason.config import Config, load_config
@@ -51,16 +51,12 @@ def grpo_config(config: Config, micro_batch: int, attention: str, cuda: bool, fo
         }
     return GRPOConfig(
         **training_arguments(config, folder, attention, cuda),
+        **policy_arguments(algorithm.spec),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=num_samples // micro_batch,
         num_generations=rollout.samples_per_prompt,
         max_completion_length=rollout.max_new_tokens,
         temperature=rollout.temperature,
-        shuffle_dataset=False,
-        beta=0.0,
-        num_iterations=1,
-        epsilon=algorithm.spec.clip_low,
-        epsilon_high=algorithm.spec.clip_high,
         loss_type=LOSS_TYPES[algorithm.aggregation],
         scale_rewards="group" if config.algorithm.advantage.get("std", True) else "none",
         **vllm,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def make_policy(options: argparse.Namespace, model: ModelConfig, shape: Shape) -
 
 def model_and_shape(options: argparse.Namespace) -> tuple[ModelConfig, Shape]:
     """The settings of the model, its dtype known and its path a folder, and its shape: --shape, else that of --model."""
-    from fastreason.models import resolve_model
+    from fastreason.models import read_model_config, resolve_model
     from fastreason.preflight import choose_dtype
 
     dtype = choose_dtype(options.dtype, options.device)
@@ -58,5 +57,5 @@ def model_and_shape(options: argparse.Namespace) -> tuple[ModelConfig, Shape]:
     if options.shape:
         return model, named_shape(options.shape)
     folder = resolve_model(model)
-    shape = shape_of(json.loads((folder / "config.json").read_text()), options.model)
+    shape = shape_of(read_model_config(folder), options.model)
     return model.model_copy(update={"path": str(folder)}), shape

@@ -20,7 +20,7 @@ from torch import Tensor
 from train_clock import Clock
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl_arguments import training_arguments
+from trl_arguments import policy_arguments, training_arguments
 
 from fastreason.config import Config
 from fastreason.packing import MicroBatch
@@ -30,18 +30,13 @@ LOADED = 2  # rows that TRL's loader brings for a micro-batch, the fewest that i
 
 def grpo_config(config: Config, num_batches: int, attention: str, cuda: bool, folder: str) -> GRPOConfig:
     """An update of ours in TRL's terms: `num_batches` micro-batches, the loss of PolicyLossSpec() as a mean over tokens."""
-    spec = PolicyLossSpec()
     return GRPOConfig(
         **training_arguments(config, folder, attention, cuda),
+        **policy_arguments(PolicyLossSpec()),
         per_device_train_batch_size=LOADED,
         num_generations=LOADED,
         gradient_accumulation_steps=num_batches,
-        shuffle_dataset=False,
         temperature=1.0,
-        beta=0.0,
-        num_iterations=1,
-        epsilon=spec.clip_low,
-        epsilon_high=spec.clip_high,
         loss_type="dapo",
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastreason_kernels import PolicyLossSpec
+
 from fastreason.config import Config
 
 
@@ -34,4 +36,15 @@ def training_arguments(config: Config, folder: str, attention: str, cuda: bool) 
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+    }
+
+
+def policy_arguments(spec: PolicyLossSpec) -> dict[str, Any]:
+    """GRPO's own: the clip of `spec`, one update a generation, no KL, the rows in the order of the data."""
+    return {
+        "shuffle_dataset": False,
+        "beta": 0.0,
+        "num_iterations": 1,
+        "epsilon": spec.clip_low,
+        "epsilon_high": spec.clip_high,
     }

@@ -253,8 +253,7 @@ def check_kind(algorithm: "ResolvedAlgorithm", config: Config) -> None:
 
 def check_models(algorithm: "ResolvedAlgorithm", config: Config) -> None:
     """Raise ConfigError where a teacher or a critic is missing, or described and not used."""
-    teacher, term = config.teacher, algorithm.kl
-    taught = term.estimator != "none" and term.target == "teacher"
+    teacher, taught = config.teacher, algorithm.compares_with_teacher
     for key in type(teacher).model_fields:
         require_use(teacher, key, taught, "algorithm.kl_target=teacher and algorithm.kl", section="teacher")
     for key in type(config.critic).model_fields:

@@ -87,14 +87,14 @@ class ResolvedAlgorithm:
         return not self.entropy.active and (not self.kl.active or self.kl.place == "reward")
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether log-probabilities of the initial model are part of the gradient."""
-        return self.pairs or (self.kl.active and self.kl.target == "reference")
+    def compares_with_teacher(self) -> bool:
+        """Whether a teacher's log-probabilities are wanted: for a gradient, or with a coefficient of 0 for figures."""
+        return self.kl.estimator != "none" and self.kl.target == "teacher"
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher is part of the gradient."""
-        return self.kl.active and self.kl.target == "teacher"
+    def compares_with_reference(self) -> bool:
+        """The same of the initial model's, which pairs want too."""
+        return not self.compares_with_teacher and (self.pairs or self.kl.estimator != "none")
 
     def initial_state(self) -> CoefficientState:
         """The adaptive coefficients before the first step."""

@@ -164,7 +164,7 @@ def add_serve_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "words",
         nargs="*",
         metavar="MODEL|key=value",
-        help="model as in model.path; keys of sections model, rollout, run",
+        help="model as in model.path; keys of sections run, model, data, rollout, train, lora",
     )
     serve.add_argument("--config", metavar="FILE", help="config of the run: its model, lengths and dtype are served")
     serve.add_argument(

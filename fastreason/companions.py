@@ -59,7 +59,7 @@ def resolve_companions(config: Config, model_dir: Path, only: str | None = None)
     served = config.teacher.where == "server"
     teacher = critic = None
     silent: frozenset[int] = frozenset()
-    if compares_with_teacher(algorithm) and (trains or served):
+    if algorithm.compares_with_teacher and (trains or served):
         silent = check_teacher_tokens(config, model_dir)
         if not served:
             with described_by("teacher.path"):
@@ -85,11 +85,6 @@ def check_teacher_tokens(config: Config, model_dir: Path) -> frozenset[int]:
     )
 
 
-def compares_with_teacher(algorithm: ResolvedAlgorithm) -> bool:
-    """Whether a teacher's log-probabilities are wanted: for a gradient, or with a coefficient of 0 for figures."""
-    return algorithm.kl.estimator != "none" and algorithm.kl.target == "teacher"
-
-
 def load_target(
     session: Session,
     config: Config,
@@ -104,12 +99,12 @@ def load_target(
     is 0 has it loaded too: its figures are wanted then.
     """
     model, name, key, folder = config.model, "reference", "model.path", session.model_dir
-    if compares_with_teacher(algorithm):
+    if algorithm.compares_with_teacher:
         if config.teacher.where == "server":
             return None
         assert session.teacher_dir is not None
         model, name, key, folder = teacher_model(config), "teacher", "teacher.path", session.teacher_dir
-    elif algorithm.kl.estimator == "none" and not algorithm.pairs:
+    elif not algorithm.compares_with_reference:
         return None
     elif config.lora.rank is not None:
         return FrozenModel(AdapterOff(updater.engine.module, updater.engine), device, name)

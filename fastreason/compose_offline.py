@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastreason.compose import collective_timeout_s, save_adapter_of, versions
+from fastreason.compose import collective_timeout_s, save_adapter_of
 from fastreason.config import Config, num_updates
 from fastreason.data.traces import TraceOrder, Traces, num_examples
 from fastreason.device import prepare_device
@@ -16,6 +16,7 @@ from fastreason.objectives import resolve_objective
 from fastreason.offline import OfflineLoop, OfflineParts, score_reference
 from fastreason.offline_data import TRACES, offline_layout
 from fastreason.reference import KeptScores
+from fastreason.run_summary import versions
 from fastreason.session import Outcome, Session, StopFlag
 
 

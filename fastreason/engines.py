@@ -62,16 +62,14 @@ def engine_label(index: int, number: int) -> str:
     return "engine" if number == 1 else f"engine-{index}"
 
 
-def first_adapter(config: Config, model_dir: Path, folder: Path) -> Path:
-    """An adapter whose product is 0, written into `folder` unless it is there."""
-    target = folder / "adapter"
-    if not target.is_dir():
-        import torch
+def write_first_adapter(config: Config, model_dir: Path, folder: Path) -> None:
+    """An adapter whose product is 0, for servers to start with; several have the same one."""
+    import torch
 
-        from fastreason.lora import write_first_adapter
+    from fastreason.lora import write_first_adapter
 
-        write_first_adapter(config.lora, config.model, model_dir, getattr(torch, config.model.dtype), target)
-    return target
+    if not folder.is_dir():
+        write_first_adapter(config.lora, config.model, model_dir, getattr(torch, config.model.dtype), folder)
 
 
 def make_server(
@@ -87,15 +85,13 @@ def make_server(
     tenant_file: Path | None = None,
     **where: str,
 ) -> EngineServer:
-    """A server of the configured engine, not yet started; `longest` sequence in tokens: by default what the run needs.
-
-    One that is to get adapters starts with one that does nothing, in `temporary_dir`.
-    """
+    """A server of the configured engine, not yet started; `longest` sequence in tokens: by default what the run needs."""
     if config.rollout.engine == "vllm":
+        from fastreason.rollout.vllm_adapter import ADAPTER_FOLDER
         from fastreason.rollout.vllm_server import make_server
 
         if config.lora.applied_by_engine:
-            where["adapter_dir"] = str(first_adapter(config, model_dir, Path(temporary_dir)))
+            write_first_adapter(config, model_dir, Path(temporary_dir) / ADAPTER_FOLDER)
     else:
         from fastreason.rollout.fake_server import make_server
     return make_server(

@@ -9,7 +9,7 @@ import subprocess
 from fastreason.config import Config
 from fastreason.cores import cores_text, parse_cores
 from fastreason.errors import ConfigError
-from fastreason.resources import num_engines
+from fastreason.resources import engine_gpus, num_engines, trainer_gpus
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -90,12 +90,16 @@ def check_gpus(config: Config, generates: bool, trains: bool) -> None:
 
 
 def idle_notes(config: Config) -> tuple[str, ...]:
-    """What is to be said of GPUs that the trainer is given and has no rank for."""
-    gpus = parse_cores(config.train.gpus, "train.gpus") if config.train.gpus else []
-    idle = gpus[config.train.ranks :]
+    """What is to be said of GPUs that the trainer is given, and neither a rank nor an engine takes."""
+    if not config.train.gpus:
+        return ()
+    taken = trainer_gpus(config)
+    engines = engine_gpus(config) if config.rollout.gpus else []
+    idle = [gpu for gpu in parse_cores(config.train.gpus, "train.gpus") if gpu not in (*taken, *engines)]
     if not idle:
         return ()
+    used = sorted(taken + idle)
     return (
-        f"train.gpus={config.train.gpus}: train.ranks={config.train.ranks} take GPU {cores_text(gpus[: config.train.ranks])}; "
-        f"{cores_text(idle)} stay idle. Raise train.ranks to {len(gpus)} to use them.",
+        f"train.gpus={config.train.gpus}: train.ranks={config.train.ranks} take GPU {cores_text(taken)}; "
+        f"{cores_text(idle)} stay idle. Have train.gpus={cores_text(used)} and train.ranks={len(used)} to use them.",
     )

@@ -52,11 +52,16 @@ def check_lora(lora: LoraConfig, model: ModelConfig, folder: Path | None) -> Non
             "section lora out."
         )
     if folder is not None and (lora.head or lora.targets is not None):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        target_layers(laid_out(folder, model), lora)
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        with torch.device("meta"):
-            target_layers(AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code), lora)
+
+def laid_out(folder: Path, model: ModelConfig) -> Any:
+    """A model without its weights, on torch's meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def target_layers(model: Any, lora: LoraConfig) -> list[str]:
@@ -201,11 +206,8 @@ def write_first_adapter(
     lora: LoraConfig, model: ModelConfig, model_dir: Path, dtype: torch.dtype, target: Path
 ) -> None:
     """The folder of an adapter whose factors are 0, for an engine to start with; the model is laid out without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=model.trust_remote_code)
+    whole = laid_out(model_dir, model)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         add_adapter(whole, lora)
     factors = ((weight.name, weight.parameters[0]) for weight in adapter_weights(whole))
     zeros = ((name, torch.zeros(factor.shape, dtype=dtype)) for name, factor in factors)

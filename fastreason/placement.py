@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastreason.config import Config
-from fastreason.cores import parse_cores
 from fastreason.errors import ConfigError
-from fastreason.resources import num_engines
+from fastreason.resources import engine_gpus, trainer_gpus
 
 
 @dataclass(frozen=True)
@@ -21,21 +20,6 @@ class Placement:
 
 
 SPLIT = Placement("split")
-
-
-def engine_gpus(config: Config) -> list[int]:
-    """The devices that the engines take: the first of those they are given."""
-    rollout = config.rollout
-    number = num_engines(config) * rollout.tensor_parallel
-    given = parse_cores(rollout.gpus, "rollout.gpus") if rollout.gpus else list(range(number))
-    return given[:number]
-
-
-def trainer_gpus(config: Config) -> list[int]:
-    """The devices that the ranks take, one each: the first of those they are given."""
-    train = config.train
-    given = parse_cores(train.gpus, "train.gpus") if train.gpus else list(range(train.ranks))
-    return given[: train.ranks]
 
 
 def place(config: Config, device: str) -> Placement:

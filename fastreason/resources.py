@@ -18,7 +18,7 @@ KEY_VARIABLE = "FASTREASON_ENGINE_KEY"  # the key of a run's engines, in the env
 
 
 class EngineShare(NamedTuple):
-    """What one engine server on this machine has of `rollout.cores`, `rollout.gpus` (null: all) and of ports (0: any)."""
+    """What one engine server here has of `rollout.cores`, `rollout.gpus` (null: the first that are visible), ports (0: any)."""
 
     cores: str | None
     gpus: str | None
@@ -28,6 +28,21 @@ class EngineShare(NamedTuple):
 def num_engines(config: Config) -> int:
     """Engine servers of a run, here or elsewhere."""
     return len(config.resources.urls) or config.resources.engines or 1
+
+
+def engine_gpus(config: Config) -> list[int]:
+    """The devices that the engines take: the first of those they are given."""
+    rollout = config.rollout
+    number = num_engines(config) * rollout.tensor_parallel
+    given = parse_cores(rollout.gpus, "rollout.gpus") if rollout.gpus else list(range(number))
+    return given[:number]
+
+
+def trainer_gpus(config: Config) -> list[int]:
+    """The devices that the ranks take, one each: the first of those they are given."""
+    train = config.train
+    given = parse_cores(train.gpus, "train.gpus") if train.gpus else list(range(train.ranks))
+    return given[: train.ranks]
 
 
 def engine_shares(config: Config, device: str) -> list[EngineShare]:
@@ -171,7 +186,7 @@ def resource_table(config: Config, device: str, only: str | None = None) -> list
         rows.append(("graders", str(config.reward.workers), "this machine, with the producer", ""))
     if only != "rollout":
         train = config.train
-        gpus = cores_text(parse_cores(train.gpus, "train.gpus")[: train.ranks]) if train.gpus else None
+        gpus = cores_text(trainer_gpus(config)) if train.gpus else None
         where = _where(train.cores, gpus, device)
         if device == "cpu" and train.spare_cores:
             where += f", at idle priority also {train.spare_cores}"
@@ -198,5 +213,5 @@ def _engine_rows(config: Config, device: str) -> list[tuple[str, str, str, str]]
 
 def _where(cores: str | None, gpus: str | None, device: str) -> str:
     if device != "cpu":
-        return f"GPU {gpus}" if gpus else "all visible GPUs"
+        return f"GPU {gpus}" if gpus else "the first that are visible"
     return f"core {cores}" if cores else "all cores"

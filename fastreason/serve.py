@@ -19,6 +19,7 @@ from fastreason.config import Config, apply_override, read_raw, validate
 from fastreason.engines import make_server
 from fastreason.errors import ConfigError
 from fastreason.exchange import ExchangeFolder
+from fastreason.gpus import check_gpus
 from fastreason.launch import sweep_segments
 from fastreason.models import cache_folder, edited_model, max_model_len, read_model_config, resolve_model
 from fastreason.preflight import check_adapter, choose_device, settle_dtypes
@@ -66,6 +67,8 @@ def read_serve_config(options: argparse.Namespace) -> Config:
         )
     device = choose_device(config.train.device)
     engine_shares(config, device)
+    if device == "cuda":
+        check_gpus(config, generates=True, trains=False)
     if config.lora.applied_by_engine:
         check_adapter(config, device)
     return config

@@ -1,7 +1,8 @@
 """Publication of weights: from the updater's parameters to what every engine loads and verifies.
 
-`Publisher` writes an exchange file. The two ways between GPUs, `HandlePublisher` (CUDA IPC) and `BroadcastPublisher`
-(NCCL), follow vLLM 0.28's weight transfer and have not run on a GPU yet; their plumbing is tested with stand-ins.
+`Publisher` writes an exchange file, `AdapterPublisher` an adapter's folder. The two ways between GPUs, `HandlePublisher` (CUDA
+IPC) and `BroadcastPublisher` (NCCL), follow vLLM 0.28's weight transfer and have not run on a GPU yet; their plumbing is tested
+with stand-ins.
 """
 
 import base64

@@ -10,7 +10,7 @@ import numpy as np
 from fastreason.config import DataConfig, ModelConfig
 from fastreason.data.render import render_token_ids
 from fastreason.errors import DataError, ModelError
-from fastreason.models import check_model, resolve_model
+from fastreason.models import check_model, model_folder, resolve_model
 from fastreason.types import Prompt
 
 COLOURS = ("#2f6db3", "#4f9d69", "#c0392b")
@@ -59,18 +59,17 @@ class TokenCounter:
 
 def _tokenizer_folder(name: str, allow_download: bool) -> Path:
     """Where the tokenizer is; a hub name's small files are fetched if that is allowed, its weights never."""
-    if Path(name).is_dir():
-        return Path(name)
     model = ModelConfig(path=name, allow_download=allow_download)
     try:
+        if Path(name).is_dir():
+            return model_folder(name)
         check_model(model, weights=False)
         return resolve_model(model, weights=False)
     except ModelError as error:
-        why = f" ({error.__cause__})" if error.__cause__ else ""
-        raise DataError(
-            f"--tokenizer {name}: no such folder, and no model in the local hub cache{why}. Give the folder of a model or a "
-            "tokenizer, or a hub name; --allow-download fetches that one's tokenizer."
-        ) from error
+        told = (
+            str(error).replace("model.path=", "--tokenizer ").replace("model.allow_download=true", "--allow-download")
+        )
+        raise DataError(told) from error
 
 
 class CharacterCounter:

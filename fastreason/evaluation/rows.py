@@ -52,6 +52,11 @@ class EvalSample(msgspec.Struct, frozen=True, kw_only=True):
     subject: str | None = None
     logp_sum: float | None = None
 
+    @property
+    def graders_differ(self) -> bool:
+        """Whether one of the two calls it right and the other wrong."""
+        return self.strict is not None and self.strict is not self.correct
+
 
 def answer_class(row: EvalSample, classes: Classes) -> int | str | None:
     """What a response votes for: RIGHT, the class of its wrong answer, or None where it answers nothing.

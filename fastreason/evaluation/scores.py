@@ -111,7 +111,7 @@ def response_figures(rows: Sequence[EvalSample]) -> dict[str, Any]:
         "tokens_right_mean": _mean(lengths[True]),
         "tokens_wrong_mean": _mean(lengths[False]),
         "tokens_per_right": num_tokens / len(lengths[True]) if lengths[True] else None,
-        "num_disagreements": sum(row.strict is not None and row.strict is not row.correct for row in rows),
+        "num_disagreements": sum(row.graders_differ for row in rows),
         "errors": dict(sorted(Counter(row.error for row in rows if row.error is not None).items())),
     }
 

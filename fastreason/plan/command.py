@@ -21,7 +21,7 @@ from fastreason.plan.report import against_lines, assumption_lines, plan_lines, 
 from fastreason.plan.shapes import Shape, named_shape, shape_of
 from fastreason.plan.split import Layout, Plan, layout_of, plan_gpus
 from fastreason.plan.times import Workload
-from fastreason.preflight import choose_dtype
+from fastreason.preflight import anchor_paths, choose_dtype
 from fastreason.resources import num_engines
 
 SHORT_LINE = 384  # tokens, as in policy.py: lines up to which auto takes eager attention on a CPU
@@ -46,7 +46,7 @@ def run_plan(options: argparse.Namespace) -> int:
         raise ConfigError(
             "plan: give a config file, e.g. fastreason plan configs/math_grpo_gpu.yaml --gpu h100 --gpus 8"
         )
-    config = online(load_config(options.config, options.overrides))
+    config = online(anchor_paths(load_config(options.config, options.overrides)))
     shapes = [named_shape(name) for name in options.model_shape or []] or [own_shape(config)]
     machine = chosen_machine(options, config, shapes[0])
     given = lengths_given(options)
@@ -121,12 +121,10 @@ def models_beside(config: Config, device: Device) -> tuple[Beside, ...]:
     from fastreason.algorithms import resolve_algorithm
 
     algorithm, found = resolve_algorithm(config), []
-    compares = algorithm.kl.estimator != "none"  # a coefficient of 0 has it loaded too, for figures
-    if compares and algorithm.kl.target == "teacher":
-        if config.teacher.where == "trainer":
-            wanted = choose_dtype(config.teacher.dtype, "cpu" if device.is_cpu else "cuda")
-            found.append(companion("teacher", config.teacher.path, config, itemsize=4 if wanted == "float32" else 2))
-    elif compares or algorithm.pairs:
+    if algorithm.compares_with_teacher and config.teacher.where == "trainer":
+        wanted = choose_dtype(config.teacher.dtype, "cpu" if device.is_cpu else "cuda")
+        found.append(companion("teacher", config.teacher.path, config, itemsize=4 if wanted == "float32" else 2))
+    if algorithm.compares_with_reference:
         found.append(Beside("reference", copied=config.lora.rank is None))
     if algorithm.critic:
         found.append(companion("critic", config.critic.path, config, trained=True))

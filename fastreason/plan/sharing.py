@@ -11,12 +11,13 @@ from fastreason.config import Config
 from fastreason.errors import ConfigError, ModelError
 from fastreason.gpus import device_memory
 from fastreason.models import read_model_config
-from fastreason.placement import Placement, engine_gpus, trainer_gpus
+from fastreason.placement import Placement
 from fastreason.plan.command import setup_of, workload_of
 from fastreason.plan.hardware import Device, Rates
 from fastreason.plan.memory import GIB, Parts, resident_bytes, resident_parts
 from fastreason.plan.shapes import shape_of
 from fastreason.plan.split import rank_memory
+from fastreason.resources import engine_gpus, trainer_gpus
 
 RATES = Rates()
 CONTEXTS_GIB = 1.0  # two CUDA contexts, at the least

@@ -185,11 +185,6 @@ def agreement(rows: Sequence[EvalSample]) -> Agreement:
     )
 
 
-def disagreements(rows: Iterable[EvalSample]) -> list[EvalSample]:
-    """The responses that one of the two graders calls right and the other wrong, in their order."""
-    return [row for row in rows if row.strict is not None and row.strict is not row.correct]
-
-
 def reasons_in_turn(rows: Iterable[EvalSample], num: int) -> list[EvalSample]:
     """At most `num` of the disagreements, one of each reason in turn and of other problems first, sorted by reason."""
     by_reason: dict[str, list[EvalSample]] = {}

@@ -17,7 +17,7 @@ import msgspec
 from fastreason.errors import ConfigError
 from fastreason.evaluation.rows import SAMPLES_FILE, EvalSample
 from fastreason.evaluation.tables import FORMATS, Grid, as_latex, as_markdown
-from fastreason.report.analysis import disagreement_reason, disagreements
+from fastreason.report.analysis import disagreement_reason
 from fastreason.report.compare_pictures import CAPTIONS, PICTURES
 from fastreason.report.compare_tables import (
     DISAGREEMENTS_FILE,
@@ -101,11 +101,17 @@ def write_disagreements(comparison: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / DISAGREEMENTS_FILE, "wb") as file:
         for evaluation in comparison.evaluations:
-            for row in disagreements(evaluation.rows):
+            for row in filter(lambda row: row.graders_differ, evaluation.rows):
                 line = {
-                    **{"model": evaluation.label, "problem": row.problem, "sample": row.sample, "gold": row.gold},
-                    **{"answer": row.answer, "math_verify": row.correct, "strict": row.strict},
-                    **{"reason": disagreement_reason(row), "response": row.response},
+                    "model": evaluation.label,
+                    "problem": row.problem,
+                    "sample": row.sample,
+                    "gold": row.gold,
+                    "answer": row.answer,
+                    "math_verify": row.correct,
+                    "strict": row.strict,
+                    "reason": disagreement_reason(row),
+                    "response": row.response,
                 }
                 file.write(msgspec.json.encode(line) + b"\n")
 

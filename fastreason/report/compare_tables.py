@@ -15,7 +15,6 @@ from fastreason.report.analysis import (
     bin_changes,
     by_bin,
     disagreement_reason,
-    disagreements,
     habits,
     habits_by_difficulty,
     reasons_in_turn,
@@ -28,7 +27,7 @@ from fastreason.report.comparison import Comparison, Evaluation
 MOST_PROBLEMS = 10  # of a printed table, from each end; the page has all
 MOST_DISAGREEMENTS = 50  # of each model in the page's table; DISAGREEMENTS_FILE has all
 DISAGREEMENTS_FILE = "disagreements.jsonl"
-MOST_CHARS = 160  # of an answer, or of a response's end, in a cell
+CELL_CHARS = 160  # of an answer, or of a response's end, in a cell
 
 
 def score_grids(comparisons: Sequence[Comparison]) -> list[Grid]:
@@ -170,7 +169,7 @@ def disagreement_grid(comparison: Comparison) -> Grid:
     """Responses on which the two graders differ, with what can be read of them; the title says how many are left out."""
     rows, num = [], 0
     for evaluation in comparison.evaluations:
-        found = disagreements(evaluation.rows)
+        found = [row for row in evaluation.rows if row.graders_differ]
         num += len(found)
         for row in reasons_in_turn(found, MOST_DISAGREEMENTS):
             verdicts = ["right" if verdict else "wrong" for verdict in (row.correct, row.strict)]
@@ -218,11 +217,11 @@ def comparison_grids(comparison: Comparison) -> list[Grid]:
 
 def _answered(row: EvalSample) -> str:
     """What a response answers; of one in which nothing could be read, its end."""
-    return _beginning(row.answer) if row.answer else f"… {row.response[-MOST_CHARS:]}"
+    return _beginning(row.answer) if row.answer else f"… {row.response[-CELL_CHARS:]}"
 
 
 def _beginning(text: str) -> str:
-    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} …"
+    return text if len(text) <= CELL_CHARS else f"{text[:CELL_CHARS]} …"
 
 
 def percent(share: float | None) -> str:

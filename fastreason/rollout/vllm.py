@@ -1,7 +1,6 @@
 """vLLM behind the Engine protocol: the client of an API server.
 
-Beside `vllm_server`, `vllm_worker`, `vllm_adapter` and `vllm_middleware`, which run in or start the server, the only file that
-knows vLLM.
+Beside the other files of this name, which start the server, run in it or say what it is asked, the only file that knows vLLM.
 The client survives its server: a request that meets a dead or replaced one is sent again, with the same seed, after the
 next server holds the weights that were wanted last. `/inference/v1/generate` with n > 1 returns only the last finished
 choice (vLLM 0.28), so every sample is a request of its own, and finished ones are kept.
@@ -12,7 +11,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -22,28 +20,18 @@ from fastreason.patience import Patience
 from fastreason.rollout.connection import Connection, ServerLostError
 from fastreason.rollout.engine import sample_seed
 from fastreason.rollout.lifeline import Lifeline
-from fastreason.rollout.server import LOOPBACK
 from fastreason.rollout.stamps import Stamps, stamp_versions
 from fastreason.rollout.transfer import call_workers, make_transfer
+from fastreason.rollout.vllm_requests import GENERATE, SCORING, body_of, read_sample, read_scores, sampling_of
 from fastreason.types import Completion, LoadReport, SamplingParams, WeightUpdate
 
-GENERATE = "/inference/v1/generate"
 # In flight: requests keep what they have, and their KV cache. At a boundary: those that run end first, later ones wait.
 PAUSE = {"in_flight": "/pause?mode=keep&clear_cache=false", "boundary": "/pause?mode=wait&clear_cache=true"}
 # Level 2 gives the weights up too, where level 1 copies them to the host and back: whenever it wakes it is handed others, or
 # (before the first version) reads its own files again.
 SLEEP, WAKE = "/sleep?level=2&mode=wait", "/wake_up?tags="
-# One output a request, when it has ended, and no text: else the API server makes both for every token.
-FINAL_TOKENS = {"output_kind": 2, "detokenize": False}
 LOOK_S = 0.05  # between two looks for the next update
 SLOWEST_LOAD = 100e6  # bytes/s, from shared storage: for so long an engine may be silent beyond its other limits
-
-
-def open_group(port: int, world_size: int) -> Any:
-    """The trainer's side of the rendezvous of vLLM's NCCL weight transfer; has not run on a GPU yet."""
-    from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-    return trainer_init({"master_address": LOOPBACK, "master_port": port, "world_size": world_size})
 
 
 class OtherWeightsError(EngineError):
@@ -84,7 +72,7 @@ class VllmEngine:
         self._spare, self._verify, self._told = spare, verify, asyncio.Event()
         self._told.set()
         self._config, self._stamps, self._given_up = config, Stamps(), given_up
-        self._model = {} if adapter is None else {"model": adapter}
+        self._adapter = adapter
         self._transfer = make_transfer(config.transport, config.tensor_parallel)
         self._num_sent = 0
         self._wanted: WeightUpdate | None = None  # what the engine is to hold: None for the model that it started with
@@ -124,44 +112,19 @@ class VllmEngine:
     async def _generate_one(
         self, request: str, prompt_token_ids: list[int], params: SamplingParams, index: int, connection: Connection
     ) -> Completion:
-        request_id, seed = f"{request}.{index}", sample_seed(params.seed, index)
+        request_id = f"{request}.{index}"
         assert not self._asleep, f"asked for {request_id} while the engine sleeps"
-        sampling = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "max_tokens": params.max_new_tokens,
-            "seed": seed,
-            "logprobs": 0,
-            "stop_token_ids": list(params.stop_token_ids),
-            **FINAL_TOKENS,
-        }
+        sampling = sampling_of(params, sample_seed(params.seed, index))
         # A server may still be dropping this request from the last time: a name is used once.
         self._num_sent += 1
         name = f"{request_id}~{self._num_sent}"
-        # Salted, so that no request issued after an update begins with keys and values of before; those in flight keep
-        # their own. What the engine calls a reset of its prefix cache would compute theirs again, or fail beside them.
-        body = {
-            "request_id": name,
-            "token_ids": prompt_token_ids,
-            "sampling_params": sampling,
-            "cache_salt": f"version {self.version}",
-            **self._model,
-        }
+        body = {"request_id": name, **body_of(prompt_token_ids, sampling, self.version, self._adapter)}
         self._stamps.begin(name, self.version)
         try:
             answer, num_resumes = await connection.ask(GENERATE, body)
         finally:
             marks = self._stamps.end(name)
-        choice = answer["choices"][0]
-        token_ids, finish_reason = choice["token_ids"], choice["finish_reason"] or "stop"
-        if finish_reason in ("abort", "error"):
-            raise ServerLostError(f"the {connection.server} gave up {request_id}: {finish_reason}")
-        logp = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        if len(logp) != len(token_ids):
-            raise EngineError(
-                f"the {connection.server} returned {len(token_ids)} tokens with {len(logp)} log-probabilities"
-            )
+        token_ids, logp, finish_reason = read_sample(answer, connection.server, request_id)
         return Completion(
             token_ids=token_ids,
             logp=logp,
@@ -173,12 +136,8 @@ class VllmEngine:
         return await self._lifeline.call(partial(self._score, token_ids), "score")
 
     async def _score(self, token_ids: list[int], connection: Connection) -> list[float]:
-        sampling = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "logprobs": 0}
-        salt = f"version {self.version}"
-        body = {"token_ids": token_ids, "sampling_params": sampling, "cache_salt": salt, **self._model}
-        answer = await connection.ask(GENERATE, body)
-        entries = answer.body["prompt_logprobs"][1:]
-        return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries, strict=True)]
+        answer = await connection.ask(GENERATE, body_of(token_ids, SCORING, self.version, self._adapter))
+        return read_scores(answer.body, token_ids)
 
     async def sleep(self) -> float:
         """As the protocol says; when the server dies, its successor falls asleep too."""

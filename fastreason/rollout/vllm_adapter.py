@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastreason.rollout.vllm_api import adapted_layer, adapter_request
+from fastreason.rollout.vllm_worker import WeightWorker
+
 if TYPE_CHECKING:
     import torch
 
 ADAPTER_NAME = "adapter"  # what requests call it; the bare model is "policy"
-ADAPTER_VARIABLE = "FASTREASON_ADAPTER"  # the folder of the one that the server starts with
+ADAPTER_FOLDER = "adapter"  # of the one that a server starts with, in its temporary folder
+ADAPTER_VARIABLE = "FASTREASON_ADAPTER"  # that folder, for the worker
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has memory laid out for
 
 
@@ -24,43 +28,37 @@ def padded_rank(rank: int) -> int:
     return next(each for each in RANKS if each >= rank)
 
 
-def starts_with_adapter() -> Path | None:
-    """In a worker: the folder of the adapter that its server started with, None where it has none and gets whole weights."""
-    folder = os.environ.get(ADAPTER_VARIABLE)
-    return Path(folder) if folder else None
+class AdapterWorker(WeightWorker):
+    """The worker of a server that started with an adapter: published files are adapters, and the model's weights stay."""
 
+    add_lora: Any
+    list_loras: Any
 
-def replace_adapter(worker: Any, folder: Path) -> None:
-    """Have the only adapter's place taken by that in `folder`; requests in flight go on with it."""
-    from vllm.lora.request import LoRARequest
+    def _fastreason_take(self, path: str, sent: "dict[str, torch.Tensor]") -> None:
+        # Requests in flight go on with it.
+        (number,) = self.list_loras()
+        self.add_lora(adapter_request(ADAPTER_NAME, number, Path(path).parent))
 
-    (number,) = worker.list_loras()
-    worker.add_lora(LoRARequest(lora_name=ADAPTER_NAME, lora_int_id=number, lora_path=str(folder), load_inplace=True))
+    def _fastreason_take_first(self) -> None:
+        self._fastreason_take(os.path.join(os.environ[ADAPTER_VARIABLE], "any file"), {})
 
-
-def compare_adapter(runner: Any, folder: Path, sent: "dict[str, torch.Tensor]") -> tuple[int, list[str]]:
-    """Compare the factors in the running layers with `sent`, those of `folder`, as `exchange.compare_held` does for weights.
-
-    Raises ValueError for factors that no layer applies: vLLM passes over those of layers that it does not know.
-    """
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    manager = runner.lora_manager._adapter_manager
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    mapper = mapper.get_unstacked_mapper() if mapper is not None else None
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    factors = {}
-    for name, tensor in sent.items():
-        layer, is_a = parse_fine_tuned_lora_name(name, mapper)
-        factors[layer, is_a] = tensor if is_a else tensor * (settings["lora_alpha"] / settings["r"])
-    (slot,) = (index for index, number in enumerate(manager.lora_index_to_id) if number is not None)
-    num_bytes, different, passed_over = compare_factors(manager.modules, manager.packed_modules, slot, factors)
-    if passed_over:
-        raise ValueError(
-            f"vLLM applies no adapter to {sorted(set(passed_over))[:5]}: leave these layers out of lora.targets, or use "
-            "lora.publish=merged"
-        )
-    return num_bytes, different
+    def _fastreason_compare(self, path: str, sent: "dict[str, torch.Tensor]") -> tuple[int, list[str]]:
+        """Raises ValueError for factors that no layer applies: vLLM passes over those of layers that it does not know."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        settings = json.loads((Path(path).parent / "adapter_config.json").read_text(encoding="utf-8"))
+        layer_of = adapted_layer(manager.model)
+        factors = {}
+        for name, tensor in sent.items():
+            layer, is_a = layer_of(name)
+            factors[layer, is_a] = tensor if is_a else tensor * (settings["lora_alpha"] / settings["r"])
+        (slot,) = (index for index, number in enumerate(manager.lora_index_to_id) if number is not None)
+        num_bytes, different, passed_over = compare_factors(manager.modules, manager.packed_modules, slot, factors)
+        if passed_over:
+            raise ValueError(
+                f"vLLM applies no adapter to {sorted(set(passed_over))[:5]}: leave these layers out of lora.targets, or use "
+                "lora.publish=merged"
+            )
+        return num_bytes, different
 
 
 def compare_factors(

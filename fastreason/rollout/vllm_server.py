@@ -8,6 +8,7 @@ are never split there.
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastreason.config import Config, RolloutConfig
 from fastreason.cores import available_cores, cores_text, parse_cores
 from fastreason.exchange import EXCHANGE_VARIABLE
 from fastreason.rollout.server import LOOPBACK, EngineServer
-from fastreason.rollout.vllm_adapter import ADAPTER_NAME, ADAPTER_VARIABLE, padded_rank
+from fastreason.rollout.vllm_adapter import ADAPTER_FOLDER, ADAPTER_NAME, ADAPTER_VARIABLE, padded_rank
 
 KNOWN_ENDS = [
     (r"[Aa]ddress already in use", "the port is in use: set rollout.port to another, or to 0 for any free one"),
@@ -46,17 +47,17 @@ def make_server(
 ) -> EngineServer:
     """A vLLM server on this machine, not yet started; raises EngineError when `rollout.port` is in use.
 
-    tenant_file: given where the server sleeps while another has its GPUs. where: `adapter_dir` of the adapter to start with,
-    for a server that is to get others; `host` and `label` of EngineServer, for one that runs elsewhere talk to.
+    A server that is to get adapters starts with the one in `temporary_dir`. tenant_file: given where the server sleeps while
+    another has its GPUs. where: `host` and `label` of EngineServer, for one that runs elsewhere talk to.
     """
-    adapter_dir = where.pop("adapter_dir", None)
+    adapter_dir = os.path.join(temporary_dir or "", ADAPTER_FOLDER) if config.lora.applied_by_engine else None
     options: dict[str, Any] = {
         "dtype": config.model.dtype,
         "max_model_len": max_model_len,
         "seed": config.run.seed,
         "device": device,
         "sleeps": tenant_file is not None,
-        "adapter": (adapter_dir, config.lora.rank) if adapter_dir and config.lora.rank else None,
+        "adapter": (adapter_dir, config.lora.rank) if adapter_dir else None,
         "host": where.get("host", LOOPBACK),
     }
     return EngineServer(
@@ -106,7 +107,8 @@ def server_command(
         "--seed": seed,
         "--generation-config": "vllm",
         "--logprobs-mode": "processed_logprobs",
-        "--worker-extension-cls": "fastreason.rollout.vllm_worker.WeightWorker",
+        "--worker-extension-cls": "fastreason.rollout."
+        + ("vllm_adapter.AdapterWorker" if adapter else "vllm_worker.WeightWorker"),
         "--middleware": "fastreason.rollout.vllm_middleware.RequireKey",
         "--tensor-parallel-size": config.tensor_parallel,
         "--uvicorn-log-level": "warning",
@@ -114,7 +116,8 @@ def server_command(
     flags = ["--enable-prefix-caching", "--disable-uvicorn-access-log"]
     if device == "cpu":
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        options["--max-num-batched-tokens"] = max(4096, max_model_len)
+        # With an adapter vLLM copies its factors for every token of a step.
+        options["--max-num-batched-tokens"] = max(1024 if adapter else 4096, max_model_len)
         options["--max-num-seqs"] = 128
         options["--block-size"] = 32  # of 128, which it takes by itself, a group shares no prompt below 128 tokens
     else:
@@ -124,8 +127,6 @@ def server_command(
             options["--weight-transfer-config"] = json.dumps({"backend": config.transport})
     if adapter is not None:
         folder, rank = adapter
-        if device == "cpu":  # there vLLM copies the factors for every token of a step
-            options["--max-num-batched-tokens"] = max(1024, max_model_len)
         flags += ["--enable-lora"]
         options["--lora-modules"] = json.dumps({"name": ADAPTER_NAME, "path": folder})
         options["--max-lora-rank"] = padded_rank(rank)

@@ -1,18 +1,16 @@
 """What runs inside vLLM's worker: loading published weights into a live engine and proving that they arrived.
 
-vLLM mixes this class into its worker (`--worker-extension-cls`) and calls it by name through `collective_rpc`. It needs
-nothing of vLLM but the worker's `model_runner`, and so imports nothing of it.
+vLLM mixes this class, or `vllm_adapter.AdapterWorker`, into its worker (`--worker-extension-cls`) and calls it by name through
+`collective_rpc`. It needs the worker's `model_runner`, and for a description `model_config` and `vllm_config`.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastreason.exchange import Digest, SumDigest, compare_held, published_file, read_weights
 from fastreason.rollout.identity import describe_server
-from fastreason.rollout.vllm_adapter import compare_adapter, replace_adapter, starts_with_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +61,7 @@ class WeightWorker:
         tokens_before, forgets = count_tokens(self.model_runner), forgets_preempted(self.model_runner)
         self.fastreason_held = "being loaded"
         reloading = time.perf_counter()
-        if starts_with_adapter():
-            replace_adapter(self, Path(path).parent)
-        else:
-            self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
+        self._fastreason_take(path, sent)
         reload_s = time.perf_counter() - reloading
         held_bytes, different = self._fastreason_compare(path, sent)
         if different:
@@ -82,13 +77,20 @@ class WeightWorker:
             "forgets_preempted": forgets,
         }
 
+    def _fastreason_take(self, path: str, sent: "dict[str, torch.Tensor]") -> None:
+        """Put what was read from an exchange file in the place of what the model has."""
+        self.model_runner.reload_weights(weights_iterator=iter(sent.items()))
+        repack_embeddings(self.model_runner.get_model())
+
     def _fastreason_compare(self, path: str, sent: "dict[str, torch.Tensor]") -> tuple[int, list[str]]:
         """The bytes of what was sent that lie in the model as they were sent, and the names of those that do not."""
         model = self.model_runner.get_model()
-        if starts_with_adapter():
-            return compare_adapter(self.model_runner, Path(path).parent, sent)
-        repack_embeddings(model)
         return compare_held(model.named_parameters(), sent, getattr(model, "packed_modules_mapping", {}))
+
+    def _fastreason_take_first(self) -> None:
+        """Put back what the server started with: here the model's own files."""
+        self.model_runner.reload_weights()
+        repack_embeddings(self.model_runner.get_model())
 
     def fastreason_watch(self) -> dict[str, Any]:
         """From here on take the digest of whatever the model is handed, by whom ever; the engine must be paused."""
@@ -111,11 +113,7 @@ class WeightWorker:
     def fastreason_restore(self) -> dict[str, Any]:
         """Load what it started with again, whatever has been loaded since; the engine must be paused."""
         self.fastreason_held = "being loaded"
-        if (first := starts_with_adapter()) is not None:
-            replace_adapter(self, first)
-        else:
-            self.model_runner.reload_weights()
-            repack_embeddings(self.model_runner.get_model())
+        self._fastreason_take_first()
         self.fastreason_held = None
         return {}
 

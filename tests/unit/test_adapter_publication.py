@@ -15,7 +15,7 @@ from fastreason.errors import ConfigError
 from fastreason.exchange import EXCHANGE_VARIABLE, digest_file
 from fastreason.lora import adapter_weights, save_settings, write_first_adapter
 from fastreason.preflight import check_adapter_file
-from fastreason.rollout import vllm_worker
+from fastreason.rollout import vllm_adapter, vllm_worker
 from fastreason.rollout.identity import differences
 from fastreason.rollout.vllm_adapter import ADAPTER_VARIABLE, compare_factors, padded_rank
 from fastreason.rollout.vllm_server import server_command, server_environment
@@ -152,20 +152,40 @@ def test_a_worker_with_an_adapter_replaces_it_and_leaves_the_model_alone(publica
     _, publisher, source, exchange = publication
     monkeypatch.setenv(EXCHANGE_VARIABLE, str(exchange))
     monkeypatch.setenv(ADAPTER_VARIABLE, str(tmp_path / "first"))
-    update, replaced, wrong = publisher.write(source, 1), [], []
-    monkeypatch.setattr(vllm_worker, "replace_adapter", lambda worker, folder: replaced.append(folder))
-    monkeypatch.setattr(vllm_worker, "compare_adapter", lambda runner, folder, sent: (len(sent), wrong))
-    worker = vllm_worker.WeightWorker()
-    worker.model_runner = SimpleNamespace(requests={}, get_model=lambda: None)  # no reload_weights
+    monkeypatch.setattr(vllm_adapter, "adapter_request", lambda name, number, folder: (name, number, folder))
+    monkeypatch.setattr(vllm_adapter, "adapted_layer", lambda model: by_name)
+    update, requests = publisher.write(source, 1), []
+    factors = {by_name(name): tensor for name, tensor in load_file(update.path).items()}
+    names = sorted({name for name, _ in factors})
+    # alpha / r is 6 / 4, and vLLM multiplies B by it.
+    layers = {name: layer([(factors[name, True], factors[name, False] * 1.5)]) for name in names}
+    manager = SimpleNamespace(model=None, modules=layers, packed_modules={}, lora_index_to_id=[None, 7])
+    worker = vllm_adapter.AdapterWorker()
+    worker.list_loras, worker.add_lora = lambda: {7}, requests.append
+    worker.model_runner = SimpleNamespace(  # without reload_weights
+        requests={}, get_model=lambda: None, lora_manager=SimpleNamespace(_adapter_manager=manager)
+    )
     report = worker.fastreason_load(update.path, update.checksum)
-    assert replaced == [exchange / "adapter-000001"] and report["held_bytes"] == report["num_tensors"] == 8
+    assert requests == [("adapter", 7, exchange / "adapter-000001")]
+    assert report["num_tensors"] == 8 and report["held_bytes"] == sum(t.numel() * 4 for t in factors.values())
     assert worker.fastreason_beat() == {"checksum": update.checksum}
-    wrong.append("l.q.A")
-    with pytest.raises(ValueError, match=r"other values than were sent in: \['l.q.A'\]"):
+    layers[names[0]].lora_b_stacked[0][1, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match=rf"other values than were sent in: \['{names[0]}.B'\]"):
         worker.fastreason_load(update.path, update.checksum)
     assert worker.fastreason_beat() == {"checksum": "being loaded"}
+    del layers[names[0]]
+    with pytest.raises(
+        ValueError, match=rf"applies no adapter to \['{names[0]}'\]: leave these layers out of lora.targets"
+    ):
+        worker.fastreason_load(update.path, update.checksum)
     worker.fastreason_restore()
-    assert replaced[-1] == tmp_path / "first" and worker.fastreason_beat() == {"checksum": None}
+    assert requests[-1] == ("adapter", 7, tmp_path / "first") and worker.fastreason_beat() == {"checksum": None}
+
+
+def by_name(name):
+    """As vLLM's own function divides a factor's name, where a model's names are the checkpoint's."""
+    layer, factor = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+    return layer, factor == "lora_A"
 
 
 def test_the_server_is_told_of_the_adapter_that_it_starts_with():
@@ -174,13 +194,27 @@ def test_the_server_is_told_of_the_adapter_that_it_starts_with():
     keys = {"dtype": "bfloat16", "max_model_len": 64, "seed": 0, "device": "cpu"}
     plain = server_command(RolloutConfig(), "/m", 1, **keys)
     assert "--enable-lora" not in plain
+    extension = plain.index("--worker-extension-cls") + 1
+    assert plain[extension] == "fastreason.rollout.vllm_worker.WeightWorker"
     command = server_command(RolloutConfig(), "/m", 1, **keys, adapter=("/tmp/first", 20))
     assert "--enable-lora" in command
+    assert command[extension] == "fastreason.rollout.vllm_adapter.AdapterWorker"
     assert command[command.index("--max-lora-rank") + 1] == "32"
+    assert command[command.index("--max-num-batched-tokens") + 1] == "1024", "factors are copied for each of them"
+    assert plain[plain.index("--max-num-batched-tokens") + 1] == "4096"
     assert json.loads(command[command.index("--lora-modules") + 1]) == {"name": "adapter", "path": "/tmp/first"}
     environment = server_environment(RolloutConfig(), exchange_dir="/e", device="cpu", adapter_dir="/tmp/first")
     assert environment[ADAPTER_VARIABLE] == "/tmp/first"
     assert ADAPTER_VARIABLE not in server_environment(RolloutConfig(), exchange_dir="/e", device="cpu")
+
+
+@pytest.mark.parametrize(("lora", "rank"), [(None, None), (SimpleNamespace(max_lora_rank=32), 32)])
+def test_a_server_says_which_adapters_it_takes(monkeypatch, lora, rank):
+    monkeypatch.setattr(vllm_worker, "describe_server", lambda *described: described)
+    worker = vllm_worker.WeightWorker()
+    worker.model_config = SimpleNamespace(model="/m", tokenizer="/t", max_model_len=64, dtype=torch.float32)
+    worker.vllm_config = SimpleNamespace(lora_config=lora)
+    assert worker.fastreason_describe("/probe") == ("/m", "/t", 64, "float32", "/probe", rank)
 
 
 def test_ranks_are_those_that_vllm_has_room_for():

@@ -151,7 +151,7 @@ def test_a_beta_of_zero_is_grpo():
     zero, grpo = resolve_row("kdrl", kl_coef=0.0), resolve_row("grpo")
     assert zero.spec_at(0, zero.initial_state()) == grpo.spec_at(0, grpo.initial_state()) == grpo.spec
     assert torch.equal(zero.advantage(REWARDS), grpo.advantage(REWARDS))
-    assert not zero.needs_teacher and zero.zero_advantage_is_zero_gradient
+    assert not zero.kl.active and zero.zero_advantage_is_zero_gradient
 
 
 def test_the_annealed_coefficient_reaches_the_spec():

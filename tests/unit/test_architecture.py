@@ -66,6 +66,7 @@ ALLOWED = {
     "policy": MEANING | {"families", "lora", "body"},
     "checkpoint": FOUNDATION | PLUMBING,
     "run_folder": FOUNDATION | {"metrics"},
+    "run_summary": FOUNDATION | {"metrics"},
     "rollout": MEANING | PLUMBING | {"data"},
     "vocabulary": FOUNDATION,
     "plan": FOUNDATION | {"metrics", "models", "preflight", "placement", "resources", "gpus", "algorithms"},
@@ -103,7 +104,7 @@ PURE_PACKAGES = {"torch", "numpy", "msgspec", "fastreason_kernels", "fastreason"
 REWARD_PACKAGES = PURE_PACKAGES | {"math_verify", "reasoning_gym", "sympy"}
 KERNEL_PACKAGES = {"torch", "triton", "numpy", "fastreason_kernels"}
 ADAPTED = {"trl", "verl", "liger_kernel", "transformers"}
-AT_MOST_ONE = {"vllm": {"rollout.vllm", "rollout.vllm_adapter"}, "deepspeed": {"update.deepspeed"}, "peft": {"lora"}}
+ONLY = {"vllm": {"rollout.vllm_api"}, "deepspeed": {"update.deepspeed"}, "peft": {"lora"}}
 
 
 def under(name: str, prefixes: set[str]) -> bool:
@@ -138,8 +139,8 @@ def trainer_faults(module: str, source: str) -> list[str]:
             if under(target, CONCRETE) and package not in CHOOSERS and not under(target, {package}):
                 faults.append(f"{where}only {sorted(CHOOSERS)} choose {name}")
         top = name.split(".")[0]
-        if top in AT_MOST_ONE and module not in AT_MOST_ONE[top]:
-            faults.append(f"{where}only {AT_MOST_ONE[top]} may import {top}")
+        if top in ONLY and module not in ONLY[top]:
+            faults.append(f"{where}only {ONLY[top]} may import {top}")
         if top == "triton":
             faults.append(f"{where}kernels belong into the loss library")
         allowed = REWARD_PACKAGES if package == "rewards" else PURE_PACKAGES
@@ -209,7 +210,7 @@ def test_the_rules_catch_a_breach_in_the_trainer(module, source, fault):
     [
         ("loop", "from fastreason.rollout.engine import Engine\nfrom fastreason.update.updater import Updater"),
         ("cli", "from fastreason.rollout import vllm\nfrom fastreason.update import deepspeed"),
-        ("rollout.vllm", "import vllm\nfrom fastreason.rollout.vllm_worker import X"),
+        ("rollout.vllm_api", "import vllm\nfrom fastreason.rollout.vllm_worker import X"),
         ("rewards.verification", "def f():\n    from math_verify import parse"),
     ],
 )

@@ -35,7 +35,9 @@ def clocks(bench):
 
 @pytest.fixture(scope="module")
 def trl(bench):
-    return importlib.import_module("train_trl") if importlib.util.find_spec("trl") else pytest.skip("no TRL")
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("TRL is not installed: make bench-setup")
+    return importlib.import_module("train_trl")
 
 
 def config_of(steps=2, **model):

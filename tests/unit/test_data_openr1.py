@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +104,8 @@ def test_a_tokenizer_may_be_a_hub_name_that_is_cached_or_may_be_fetched(capsys, 
 
     limits = ["--max-response-tokens", 15, "--tokenizer"]
     _, printed = prepare(capsys, tmp_path / "no", FIXTURE, *limits, "some/model", code=2)
-    assert "--tokenizer some/model: no such folder, and no model in the local hub cache" in printed
-    assert "--allow-download fetches" in printed and not (tmp_path / "no").exists()
+    assert "error: --tokenizer 'some/model'" in printed and "cache" in printed, printed
+    assert "--allow-download" in printed and not (tmp_path / "no").exists()
     expected, _ = prepare(capsys, tmp_path / "folder", FIXTURE, *limits, words)
     asked: list[Any] = []
 
@@ -117,7 +118,13 @@ def test_a_tokenizer_may_be_a_hub_name_that_is_cached_or_may_be_fetched(capsys, 
     monkeypatch.setattr(models, "_hub_snapshot", lambda name: words if name == "some/model" else None)
     cached, _ = prepare(capsys, tmp_path / "cached", FIXTURE, *limits, "some/model")
     assert asked == [("some/model", False)], "the tokenizer, without weights, once"
-    assert fetched["lengths"] == cached["lengths"] == expected["lengths"] and expected["lengths"]["unit"] == "tokens"
+    run = tmp_path / "run"
+    shutil.copytree(words, run / "model")
+    (run / "config.yaml").touch()
+    (run / "model" / "config.json").write_text("{}")
+    trained, _ = prepare(capsys, tmp_path / "trained", FIXTURE, *limits, run)
+    assert fetched["lengths"] == cached["lengths"] == trained["lengths"] == expected["lengths"]
+    assert expected["lengths"]["unit"] == "tokens"
     assert cached["pairs_dropped"]["response_too_long"] == 1
 
 
@@ -212,7 +219,7 @@ def test_a_hub_name_that_is_not_there_says_what_to_do(capsys, tmp_path) -> None:
         ({}, ["--drop-contaminated"], "--drop-contaminated: against what?"),
         ({}, ["--drop-contaminated", "5", "--against", str(FIXTURE)], "--drop-contaminated 5: a share lies in 0"),
         ({}, ["--against", "/none.jsonl"], "/none.jsonl does not exist"),
-        ({}, ["--tokenizer", "/none"], "--tokenizer /none: no such folder"),
+        ({}, ["--tokenizer", "/none"], "--tokenizer '/none': there is no such folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_message_and_leaves_nothing(columns, arguments, message, capsys, tmp_path) -> None:

@@ -130,8 +130,11 @@ def test_gpus_without_a_rank_are_told_of(monkeypatch):
     run = config(train_gpus="1-4,6", ranks=3, gpus="7")
     decisions, _ = preflight.preflight(run)
     assert decisions.notes == (
-        "train.gpus=1-4,6: train.ranks=3 take GPU 1-3; 4,6 stay idle. Raise train.ranks to 5 to use them.",
+        "train.gpus=1-4,6: train.ranks=3 take GPU 1-3; 4,6 stay idle. Have train.gpus=1-4,6 and train.ranks=5 to use them.",
     )
+    shared = config(train_gpus="0-7", ranks=4, gpus="6-7", tensor_parallel=2)
+    (note,) = gpus.idle_notes(shared)
+    assert "4-5 stay idle. Have train.gpus=0-5 and train.ranks=6" in note, "the engines have 6 and 7"
     assert resource_table(run, "cuda")[-1].split()[:4] == ["trainer", "3", "GPU", "1-3"]
     assert preflight.preflight(run, only="rollout")[0].notes == ()
     assert preflight.preflight(config(train_gpus="0-6", ranks=7, gpus="7"))[0].notes == ()

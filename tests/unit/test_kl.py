@@ -321,17 +321,18 @@ def test_the_mean_over_what_is_kept():
     assert kept_scale(guided_mask(CORRECT[2:], "wrong"), tokens[2:], "kept") == 0.0
 
 
-def test_only_an_active_term_asks_for_a_model():
+def test_a_term_asks_for_a_model_and_with_a_coefficient_of_0_for_its_figures():
     assert (
         not KlTerm().active and not KlTerm(estimator="k2", coef=0.0).active and KlTerm(estimator="k2", coef=0.1).active
     )
     for name in ALGORITHMS:
         taught = {"teacher": {"path": "t"}} if name.startswith("kd") else {}
         resolved = resolve({"name": name}, **taught)
-        assert resolved.needs_teacher is name.startswith("kd")
-        assert resolved.needs_reference is (name == "iterative_dpo")
-    assert resolve({"kl": "k3", "kl_coef": 0.1}).needs_reference
-    assert not resolve({"kl": "k3", "kl_coef": 0.0}).needs_reference
+        assert resolved.compares_with_teacher is name.startswith("kd")
+        assert resolved.compares_with_reference is (name == "iterative_dpo")
+    assert resolve({"kl": "k3", "kl_coef": 0.1}).compares_with_reference
+    assert resolve({"kl": "k3", "kl_coef": 0.0}).compares_with_reference
+    assert not resolve({"kl": "none"}).compares_with_reference
 
 
 def test_a_divergence_of_whole_distributions_stays_out_of_the_spec():

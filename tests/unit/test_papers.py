@@ -228,7 +228,7 @@ def test_every_arm_is_a_config_whose_figures_are_over_all_of_its_responses(paper
         algorithm = resolve_algorithm(config)
         assert config.reward.range == "plus_minus_one"
         if arm.taught:
-            assert algorithm.needs_teacher
+            assert algorithm.compares_with_teacher
         elif name != arms.TEACHER:
             assert algorithm.kl.target == "reference" and 0 < algorithm.kl.coef < 1e-9
             assert not algorithm.zero_advantage_is_zero_gradient, "else rows without a gradient are in no figure"

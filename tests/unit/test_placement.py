@@ -4,7 +4,8 @@ import pytest
 
 from fastreason.config import parse_config
 from fastreason.errors import ConfigError
-from fastreason.placement import engine_gpus, place, trainer_gpus
+from fastreason.placement import place
+from fastreason.resources import engine_gpus, trainer_gpus
 
 
 def config(staleness=0, train_gpus=None, ranks=1, mode="auto", sleep="auto", engines=None, urls=(), **rollout):

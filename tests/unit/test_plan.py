@@ -455,10 +455,11 @@ def test_the_models_beside_the_policy_count(tmp_path, overrides, beside):
     places = {"SMALL": write_shape(tmp_path / "small"), "MODEL": tmp_path}
     for name, place_of in places.items():
         overrides = [text.replace(name, str(place_of)) for text in overrides]
-    plain = sharing.trainer_parts(shared_config(tmp_path, *[o for o in overrides if o.startswith("lora")]))
+    plain = sharing.trainer_parts(shared_config(tmp_path, *[o for o in overrides if o.startswith(("lora", "train"))]))
     parts = sharing.trainer_parts(shared_config(tmp_path, *overrides))
     assert {part: size for part, size in parts.items() if part not in plain} == pytest.approx(beside)
-    assert memory.resident_bytes(parts) >= sum(beside.values()), "they stay while an engine generates"
+    stays = memory.resident_bytes(parts) - memory.resident_bytes(plain)
+    assert stays == pytest.approx(sum(beside.values())), "they stay while an engine generates"
 
 
 def test_a_critic_on_the_policy_s_own_body_is_as_large_as_the_shape_that_is_asked_for(tmp_path):

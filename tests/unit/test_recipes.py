@@ -150,7 +150,7 @@ def test_rlvr_has_the_papers_numbers():
     assert (rollout.temperature, rollout.max_new_tokens, config.reward.range) == (0.9, 4000, "plus_minus_one")
     assert algorithm.advantage.keywords == {"std": True, "bessel": True, "eps": 1e-4}
     assert (algorithm.spec.clip_low, algorithm.spec.clip_high, algorithm.aggregation) == (0.2, 0.2, "token_mean")
-    assert not algorithm.kl.active and not algorithm.needs_reference
+    assert not algorithm.kl.active and not algorithm.compares_with_reference
     assert "top_k 50" in (ROOT / "configs" / "rl_vs_distillation" / "rlvr.yaml").read_text(), (
         "what it cannot do is said"
     )
@@ -195,7 +195,9 @@ def test_the_documented_data_commands_write_what_the_recipes_read():
     names = [re.findall(r"configs/(\S+)\.yaml", command)[0] for command in commands[first + 1 : first + 3]]
     assert names == ["redi/sft", "redi/redi"], "in the order in which each has what it reads"
     for command in commands[first : first + 3]:
-        cli.build_parser().parse_args(command.split(" #")[0].split()[1:])
+        arguments = cli.build_parser().parse_args(command.split(" #")[0].split()[1:])
+        if arguments.command == "train":
+            load_config(ROOT / arguments.config, arguments.overrides)
 
 
 def test_distillation_has_the_papers_numbers():
@@ -229,7 +231,7 @@ def test_kdrl_has_the_papers_numbers(name):
     config, algorithm = recipe(name)
     kl = algorithm.kl
     assert config.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-    assert config.teacher.path == "Skywork/Skywork-OR1-Math-7B" and algorithm.needs_teacher
+    assert config.teacher.path == "Skywork/Skywork-OR1-Math-7B" and algorithm.compares_with_teacher
     assert (config.train.lr, config.rollout.samples_per_prompt, config.rollout.max_staleness) == (1e-6, 8, 0)
     assert (kl.estimator, kl.place, kl.target, algorithm.aggregation) == ("k2", "loss", "teacher", "token_mean")
     beta = [kl.coefficient(step, algorithm.initial_state()) for step in (0, 40, 1000)]
