@@ -4,7 +4,8 @@ from fastreason_kernels.linear_divergence.function import DivergenceOutput, line
 from fastreason_kernels.linear_logprob.function import linear_logprob
 from fastreason_kernels.linear_policy_loss.function import linear_policy_loss
 from fastreason_kernels.lora import LoraHead
-from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, importance_weight, policy_loss
+from fastreason_kernels.policy_math import PolicyLossOutput, importance_weight, policy_loss
+from fastreason_kernels.policy_spec import PolicyLossSpec
 
 __all__ = [
     "DivergenceOutput",

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastreason_kernels.linear_logprob.function import linear_logprob
 from fastreason_kernels.linear_policy_loss.function import linear_policy_loss
 from fastreason_kernels.lora import LoraHead
-from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec
+from fastreason_kernels.policy_math import PolicyLossOutput
+from fastreason_kernels.policy_spec import PolicyLossSpec
 
 
 class FusedLMHead(torch.nn.Module):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastreason_kernels.linear_logprob.function import linear_logprob
 from fastreason_kernels.linear_policy_loss.function import linear_policy_loss
-from fastreason_kernels.policy_math import LOG_RATIO_BOUND, PolicyLossOutput, PolicyLossSpec, policy_loss
+from fastreason_kernels.policy_math import LOG_RATIO_BOUND, PolicyLossOutput, policy_loss
+from fastreason_kernels.policy_spec import PolicyLossSpec
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")

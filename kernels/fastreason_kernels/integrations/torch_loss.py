@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreason_kernels.linear_logprob.function import linear_logprob
 from fastreason_kernels.linear_policy_loss.function import linear_policy_loss
-from fastreason_kernels.policy_math import PolicyLossSpec
+from fastreason_kernels.policy_spec import PolicyLossSpec
 
 REDUCTIONS = ("none", "mean", "sum")
 LIKELIHOOD = PolicyLossSpec(ratio="none")

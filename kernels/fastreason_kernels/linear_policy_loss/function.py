@@ -27,13 +27,13 @@ from fastreason_kernels.linear_policy_loss.reference import linear_policy_loss_r
 from fastreason_kernels.lora import LoraHead
 from fastreason_kernels.policy_math import (
     PolicyLossOutput,
-    PolicyLossSpec,
     check_columns,
     evaluate,
     gradient_rows,
     known_log_weight,
     per_token,
 )
+from fastreason_kernels.policy_spec import PolicyLossSpec
 from fastreason_kernels.workspace import Workspace
 
 STATISTICS = ("all", "active")

@@ -18,7 +18,8 @@ from fastreason_kernels.gemm import HeadGradients, Tiles, gradient_dtypes
 from fastreason_kernels.head import HeadOptions, HeadTensors
 from fastreason_kernels.linear_logprob.strategies import select
 from fastreason_kernels.partials import finish
-from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, evaluate, known_log_weight
+from fastreason_kernels.policy_math import PolicyLossOutput, evaluate, known_log_weight
+from fastreason_kernels.policy_spec import PolicyLossSpec
 from fastreason_kernels.rows import RowCoefficients, RowOps, RowStatistics, row_ops
 from fastreason_kernels.workspace import Workspace
 

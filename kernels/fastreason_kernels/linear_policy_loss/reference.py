@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastreason_kernels.linear_logprob.reference import linear_logprob_reference
 from fastreason_kernels.lora import LoraHead
-from fastreason_kernels.policy_math import PolicyLossOutput, PolicyLossSpec, policy_loss
+from fastreason_kernels.policy_math import PolicyLossOutput, policy_loss
+from fastreason_kernels.policy_spec import PolicyLossSpec
 from fastreason_kernels.transform import IDENTITY, Transform
 
 
